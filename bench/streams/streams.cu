@@ -1,0 +1,352 @@
+// The yardstick: N ranks as N streams of one process on one GPU, each with an equal share of its
+// SMs. A graph of dependent calls of the product's own kernels, microseconds a call, beside the
+// floor: the residual add and norm alone, in the same share of the SMs. No torch, no Python.
+//
+//   streams [--ranks 2,4,8] [--hidden 4096] [--rows 1,8,64] [--form plain|residual|sandwich]
+//   [--teams 1,2,4,8]
+//           [--threads 512] [--trigger 0|1|2] [--rules FILE] [--sms -]
+//
+// --sms prints the number of multiprocessors and ends. A column for each number of blocks a team, and one for the plan with --rules
+// (bench/streams/run.py writes the file). Outputs of all columns must have the same bits, or the
+// program fails.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "host/cuda_status.h"
+#include "host/launch.h"
+#include "host/workspace.h"
+
+using namespace gan;
+
+namespace {
+
+constexpr int kCallsAGraph = 20;
+constexpr int kWarmUps = 5, kReplays = 30;
+constexpr uint64_t kTimeoutNs = 10ull * 1000 * 1000 * 1000;
+using Element = __nv_bfloat16;
+constexpr uint32_t kPackElements = 16 / sizeof(Element);
+
+void check(cudaError_t status) {
+  check_cuda(status, "streams: a CUDA call that works is required");
+}
+
+// ---- memory
+// -------------------------------------------------------------------------------------------------------------
+
+__global__ void fill(Element* data, size_t count, uint32_t seed, float scale) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x) {
+    uint32_t h = static_cast<uint32_t>(i) * 2654435761u ^ seed * 40503u;
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    h ^= h >> 16;
+    data[i] = __float2bfloat16(scale * (static_cast<float>(h & 0xffff) / 32768.0f - 1.0f));
+  }
+}
+
+class Array {
+ public:
+  Array(size_t count, uint32_t seed, float scale) : count_(count) {
+    check(cudaMalloc(&data_, count * sizeof(Element)));
+    fill<<<256, 256>>>(data_, count, seed, scale);
+    check(cudaGetLastError());
+  }
+  ~Array() { cudaFree(data_); }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
+
+  Element* data() const { return data_; }
+  void poison() { check(cudaMemset(data_, 0xff, count_ * sizeof(Element))); }
+  std::vector<char> bytes(size_t count) const {
+    std::vector<char> host(count * sizeof(Element));
+    check(cudaMemcpy(host.data(), data_, host.size(), cudaMemcpyDeviceToHost));
+    return host;
+  }
+
+ private:
+  Element* data_ = nullptr;
+  size_t count_;
+};
+
+struct RankData {
+  Array x, residual, norm_out, residual_out;
+  RankData(uint32_t rank, size_t count)
+      : x(count, 11 + rank, 1.0f),
+        residual(count, 99, 1.0f),
+        norm_out(count, 0, 0.0f),
+        residual_out(count, 0, 0.0f) {}
+};
+
+// ---- a world of ranks
+// ---------------------------------------------------------------------------------------------------
+
+enum class Form { kPlain, kResidual, kSandwich };
+
+struct Problem {
+  uint32_t ranks, hidden, max_rows, multiprocessors;
+  Form form;
+};
+
+class World {
+ public:
+  explicit World(const Problem& problem)
+      : problem_(problem), weight_(problem.hidden, 7, 0.3f), post_weight_(problem.hidden, 8, 0.3f) {
+    for (uint32_t r = 0; r < problem.ranks; ++r) {
+      data_.push_back(std::make_unique<RankData>(r, size_t{problem.max_rows} * problem.hidden));
+      cudaStream_t stream;
+      check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      streams_.push_back(stream);
+    }
+    check(preload_kernels(1));
+    check(cudaDeviceSynchronize());
+  }
+  ~World() {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+  }
+
+  // The epilogue alone, in a rank's share of the SMs.
+  double floor_us(uint32_t rows, const PlanRule& rule) {
+    return time_us([&](uint32_t r) {
+      LocalNormParams params{call(r, rows).row, rule.trigger};
+      const LaunchShape shape = shape_of(rule, rows, params.row.row_packs);
+      params.row.rows = rows;
+      params.row.packs_a_thread = shape.packs_a_thread;
+      check(launch_local_norm(DType::kBFloat16, params, shape, streams_[r]));
+    });
+  }
+
+  double fused_us(uint32_t rows, const std::vector<PlanRule>& rules) {
+    const uint64_t bytes =
+        inbox_bytes(problem_.ranks, problem_.max_rows, problem_.hidden * sizeof(Element));
+    std::vector<std::shared_ptr<Workspace>> workspaces;
+    for (uint32_t r = 0; r < problem_.ranks; ++r) {
+      workspaces.push_back(
+          std::make_shared<Workspace>(0, r, problem_.ranks, bytes, kTimeoutNs, rules));
+    }
+    for (auto& w : workspaces) w->connect_local(workspaces);
+    for (auto& d : data_) d->norm_out.poison();
+    check(cudaDeviceSynchronize());
+    const double us = time_us([&](uint32_t r) { workspaces[r]->run(call(r, rows), streams_[r]); });
+    for (auto& w : workspaces) {
+      if (w->failure())
+        throw std::runtime_error(
+            "streams: a call ran into its deadline; do all blocks fit at once?");
+    }
+    for (auto& w : workspaces) w->close();
+    return us;
+  }
+
+  // Of the last fused call, all ranks' alike, since they have the same residual.
+  std::vector<char> outputs(uint32_t rows) {
+    const std::vector<char> first = data_[0]->norm_out.bytes(size_t{rows} * problem_.hidden);
+    for (auto& d : data_) {
+      if (d->norm_out.bytes(size_t{rows} * problem_.hidden) != first) {
+        throw std::runtime_error("streams: ranks with the same residual gave different bits");
+      }
+    }
+    return first;
+  }
+
+ private:
+  CallArguments call(uint32_t r, uint32_t rows) const {
+    const RankData& d = *data_[r];
+    RowParams row{};
+    row.x = d.x.data();
+    row.residual = problem_.form == Form::kPlain ? nullptr : d.residual.data();
+    row.weight = weight_.data();
+    row.post_weight = problem_.form == Form::kSandwich ? post_weight_.data() : nullptr;
+    row.norm_out = d.norm_out.data();
+    row.residual_out = d.residual_out.data();
+    row.row_packs = problem_.hidden / kPackElements;
+    row.hidden = static_cast<float>(problem_.hidden);
+    row.hidden_reciprocal = 1.0f / row.hidden;
+    row.eps = 1e-6f;
+    row.weight_bias = 1.0f;
+    return {DType::kBFloat16, rows, row};
+  }
+
+  // Median over replays of a graph in which every rank's stream has kCallsAGraph calls.
+  template <class Launch>
+  double time_us(Launch launch) {
+    for (int i = 0; i < 3; ++i) launch_all(launch);
+    check(cudaDeviceSynchronize());
+    cudaEvent_t fork, join, begin, end;
+    for (cudaEvent_t* event : {&fork, &join, &begin, &end}) check(cudaEventCreate(event));
+    check(cudaStreamBeginCapture(streams_[0], cudaStreamCaptureModeRelaxed));
+    check(cudaEventRecord(fork, streams_[0]));
+    for (size_t r = 1; r < streams_.size(); ++r) check(cudaStreamWaitEvent(streams_[r], fork));
+    for (int i = 0; i < kCallsAGraph; ++i) launch_all(launch);
+    for (size_t r = 1; r < streams_.size(); ++r) {
+      check(cudaEventRecord(join, streams_[r]));
+      check(cudaStreamWaitEvent(streams_[0], join));
+    }
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    check(cudaStreamEndCapture(streams_[0], &graph));
+    check(cudaGraphInstantiate(&executable, graph, 0));
+    std::vector<double> us;
+    for (int i = 0; i < kWarmUps + kReplays; ++i) {
+      check(cudaEventRecord(begin, streams_[0]));
+      check(cudaGraphLaunch(executable, streams_[0]));
+      check(cudaEventRecord(end, streams_[0]));
+      check(cudaEventSynchronize(end));
+      float ms = 0;
+      check(cudaEventElapsedTime(&ms, begin, end));
+      if (i >= kWarmUps) us.push_back(ms * 1e3 / kCallsAGraph);
+    }
+    check(cudaGraphExecDestroy(executable));
+    check(cudaGraphDestroy(graph));
+    for (cudaEvent_t event : {fork, join, begin, end}) check(cudaEventDestroy(event));
+    std::nth_element(us.begin(), us.begin() + us.size() / 2, us.end());
+    return us[us.size() / 2];
+  }
+
+  template <class Launch>
+  void launch_all(Launch launch) {
+    for (uint32_t r = 0; r < problem_.ranks; ++r) launch(r);
+  }
+
+  Problem problem_;
+  Array weight_, post_weight_;
+  std::vector<std::unique_ptr<RankData>> data_;
+  std::vector<cudaStream_t> streams_;
+};
+
+// ---- the command line
+// ---------------------------------------------------------------------------------------------------
+
+std::vector<uint32_t> numbers(const std::string& text) {
+  std::vector<uint32_t> list;
+  std::stringstream stream(text);
+  for (std::string item; std::getline(stream, item, ',');) list.push_back(std::stoul(item));
+  return list;
+}
+
+// Blocks of a line "ranks N" and its rules, a line of seven numbers each (plan.Rule's fields).
+std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& path) {
+  std::map<uint32_t, std::vector<PlanRule>> rules;
+  std::ifstream file(path);
+  if (!file) throw std::runtime_error("--rules: a readable file is required; got " + path);
+  uint32_t ranks = 0;
+  for (std::string line; std::getline(file, line);) {
+    std::stringstream words(line);
+    if (line.rfind("ranks", 0) == 0) {
+      words >> line >> ranks;
+      continue;
+    }
+    uint32_t f[7];
+    for (uint32_t& field : f) words >> field;
+    rules[ranks].push_back({f[0], f[1], Algorithm{f[2]}, f[3], f[4], Trigger{f[5]}, f[6]});
+  }
+  return rules;
+}
+
+struct Options {
+  std::vector<uint32_t> ranks{2, 4, 8}, rows{1, 8, 64}, teams{1, 2, 4, 8};
+  uint32_t hidden = 4096, threads = 512, trigger = 1;
+  std::string form = "residual", rules;
+  bool only_multiprocessors = false;
+};
+
+Options parse(int argc, char** argv) {
+  Options o;
+  for (int i = 1; i < argc; i += 2) {
+    const std::string name = argv[i];
+    if (i + 1 == argc) throw std::runtime_error(name + ": a value is required; got none");
+    const std::string value = argv[i + 1];
+    if (name == "--ranks") {
+      o.ranks = numbers(value);
+    } else if (name == "--rows") {
+      o.rows = numbers(value);
+    } else if (name == "--teams") {
+      o.teams = numbers(value);
+    } else if (name == "--hidden") {
+      o.hidden = std::stoul(value);
+    } else if (name == "--threads") {
+      o.threads = std::stoul(value);
+    } else if (name == "--trigger") {
+      o.trigger = std::stoul(value);
+    } else if (name == "--sms") {
+      o.only_multiprocessors = true;
+    } else if (name == "--form") {
+      o.form = value;
+    } else if (name == "--rules") {
+      o.rules = value;
+    } else {
+      throw std::runtime_error(name + ": no such option; see the top of streams.cu");
+    }
+  }
+  return o;
+}
+
+Form form_of(const std::string& name) {
+  if (name == "plain") return Form::kPlain;
+  if (name == "residual") return Form::kResidual;
+  if (name == "sandwich") return Form::kSandwich;
+  throw std::runtime_error("--form: plain, residual or sandwich is required; got " + name);
+}
+
+void run(const Options& o) {
+  const DeviceInfo device = device_info(0);
+  if (o.only_multiprocessors) {
+    std::printf("%d\n", device.multiprocessors);
+    return;
+  }
+  std::printf("%s, %s, bf16, %s form, %d SMs / ranks each, graphs of %d calls, us a call\n",
+              device.name.c_str(), driver_status().c_str(), o.form.c_str(), device.multiprocessors,
+              kCallsAGraph);
+  std::map<uint32_t, std::vector<PlanRule>> planned;
+  if (!o.rules.empty()) planned = read_rules(o.rules);
+  for (uint32_t ranks : o.ranks) {
+    const uint32_t share = device.multiprocessors / ranks;
+    World world(
+        {ranks, o.hidden, *std::max_element(o.rows.begin(), o.rows.end()), share, form_of(o.form)});
+    for (uint32_t rows : o.rows) {
+      const auto rule = [&](uint32_t teams) {
+        return PlanRule{UINT32_MAX,         UINT32_MAX, Algorithm::kOneShot, teams, o.threads,
+                        Trigger{o.trigger}, share};
+      };
+      std::printf("ranks %u hidden %u rows %4u  floor %.2f", ranks, o.hidden, rows,
+                  world.floor_us(rows, rule(1)));
+      std::vector<char> expected;
+      const auto column = [&](const std::string& name, const std::vector<PlanRule>& rules) {
+        std::printf("  %s %.2f", name.c_str(), world.fused_us(rows, rules));
+        std::fflush(stdout);
+        const std::vector<char> got = world.outputs(rows);
+        if (expected.empty()) expected = got;
+        if (got != expected) throw std::runtime_error("streams: two shapes gave different bits");
+      };
+      for (uint32_t teams : o.teams) {
+        // A row's blocks have a warp of packs each at least, and the team fits into the share.
+        if (teams > 1 && (o.hidden / kPackElements / teams < 32 || teams > share)) continue;
+        column("one-shot/" + std::to_string(teams), {rule(teams)});
+      }
+      if (planned.count(ranks) != 0) column("plan", planned[ranks]);
+      std::printf("\n");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    run(parse(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,129 @@
+// The Python module _C: the host objects of the library. No torch.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "binding/slow_path.h"
+#include "host/workspace.h"
+
+namespace py = pybind11;
+using namespace gan;
+
+namespace {
+
+// plan.Rule's fields, in its order.
+using RuleTuple = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>;
+
+std::vector<PlanRule> rules_of(const std::vector<RuleTuple>& tuples) {
+  std::vector<PlanRule> rules;
+  for (const auto& [max_rows, max_row_packs, algorithm, blocks_a_team, max_threads, trigger,
+                    multiprocessors] : tuples) {
+    const bool valid = algorithm == 0 && blocks_a_team >= 1 && blocks_a_team <= 8 &&
+                       max_threads >= 32 && max_threads <= 1024 && max_threads % 32 == 0 &&
+                       trigger <= 2 && multiprocessors >= 1;
+    if (!valid)
+      throw py::value_error("rules: what plan.make_rules() returns is required; got another tuple");
+    rules.push_back({max_rows, max_row_packs, Algorithm{algorithm}, blocks_a_team, max_threads,
+                     Trigger{trigger}, multiprocessors});
+  }
+  return rules;
+}
+
+py::dict describe(const DeviceInfo& info) {
+  py::dict d;
+  d["name"] = info.name;
+  d["uuid"] = info.uuid;
+  d["compute_capability"] = py::make_tuple(info.major, info.minor);
+  d["multiprocessors"] = info.multiprocessors;
+  d["max_cluster"] = info.max_cluster;
+  d["total_bytes"] = info.total_bytes;
+  return d;
+}
+
+py::dict describe(const LaunchShape& shape) {
+  py::dict d;
+  d["algorithm"] = "one_shot";
+  d["teams"] = shape.teams;
+  d["blocks_a_team"] = shape.blocks_a_team;
+  d["threads"] = shape.threads;
+  d["packs_a_thread"] = shape.packs_a_thread;
+  d["trigger"] = static_cast<uint32_t>(shape.trigger);
+  return d;
+}
+
+// Bumped whenever two builds could not talk to each other: the layout of the inbox or the protocol.
+constexpr int kProtocol = 1;
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Host objects of gemma_ar_norm: workspaces, IPC handles, devices.";
+  m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("MAX_HIDDEN") = kMaxHidden;
+
+  m.def("build_info", [] {
+    py::dict d;
+    d["version"] = GAN_VERSION;
+    d["cuda_runtime"] =
+        std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+    d["protocol"] = kProtocol;
+    return d;
+  });
+  m.def("driver_status", &driver_status);
+  m.def("device_info", [](int device) { return describe(device_info(device)); }, py::arg("device"));
+  m.def("peer_access", &peer_access, py::arg("device"), py::arg("peer_uuid"));
+  m.def(
+      "inbox_bytes",
+      [](uint32_t ranks, uint64_t max_rows, uint64_t row_bytes) {
+        if (ranks < 2 || ranks > kMaxRanks)
+          throw py::value_error("ranks: 2 to 8 are required; got " + std::to_string(ranks));
+        return inbox_bytes(ranks, max_rows, row_bytes);
+      },
+      py::arg("ranks"), py::arg("max_rows"), py::arg("row_bytes"));
+  m.def(
+      "choose",
+      [](const std::vector<RuleTuple>& rules, uint64_t rows, uint32_t row_packs) {
+        return describe(choose(rules_of(rules), rows, row_packs));
+      },
+      py::arg("rules"), py::arg("rows"), py::arg("row_packs"));
+  m.def("unregister", &unregister_workspace, py::arg("group_name"),
+        py::call_guard<py::gil_scoped_release>());
+  m.def("reclaim", &reclaim_inboxes, py::call_guard<py::gil_scoped_release>());
+  m.def("set_slow_path_error", &set_slow_path_error, py::arg("text"));
+
+  py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
+      .def(py::init([](int device, uint32_t rank, uint32_t ranks, uint64_t bytes,
+                       uint64_t timeout_ns, const std::vector<RuleTuple>& rules) {
+             std::vector<PlanRule> plan = rules_of(rules);
+             py::gil_scoped_release release;
+             return std::make_shared<Workspace>(device, rank, ranks, bytes, timeout_ns,
+                                                std::move(plan));
+           }),
+           py::arg("device"), py::arg("rank"), py::arg("ranks"), py::arg("inbox_bytes"),
+           py::arg("timeout_ns"), py::arg("rules"))
+      .def("ipc_handle", [](const Workspace& w) { return py::bytes(w.ipc_handle()); })
+      .def("open_peers",
+           [](Workspace& w, const std::vector<py::bytes>& handles) {
+             const std::vector<std::string> raw(handles.begin(), handles.end());
+             py::gil_scoped_release release;
+             w.open_peers(raw);
+           })
+      .def("connect_local", &Workspace::connect_local)
+      .def("register",
+           [](std::shared_ptr<Workspace> self, const std::string& group_name, uint64_t generation) {
+             py::gil_scoped_release release;  // the workspace that is replaced may be closed
+             register_workspace(group_name, generation, std::move(self));
+           })
+      .def("failure",
+           [](const Workspace& w) -> py::object {
+             const auto record = w.failure();
+             if (!record) return py::none();
+             return py::make_tuple(record->peer, record->call, record->row);
+           })
+      .def("max_rows", &Workspace::max_rows, py::arg("row_bytes"))
+      .def("close", &Workspace::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("rank", &Workspace::rank)
+      .def_property_readonly("ranks", &Workspace::ranks)
+      .def_property_readonly("device", &Workspace::device)
+      .def_property_readonly("inbox_bytes", &Workspace::inbox_bytes);
+}

@@ -1,0 +1,327 @@
+// The torch ops, over torch's stable ABI: one build loads in torch 2.10 and every later one, with
+// CUDA or without. Fake kernels, CPU kernels and the slow path are registered from Python (ops.py):
+// they need torch.distributed or symbolic sizes, which the stable ABI does not have.
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "binding/slow_path.h"
+#include "host/workspace.h"
+
+// In libtorch_cuda alone. Weak, so that a CPU-only torch loads this library too.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace gan {
+
+namespace {
+thread_local std::string slow_path_error;
+}  // namespace
+void set_slow_path_error(const std::string& text) { slow_path_error = text; }
+std::string take_slow_path_error() { return std::exchange(slow_path_error, {}); }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr uint64_t kPackBytes = 16;
+
+// Not STD_TORCH_CHECK: users read this text, and where in this file it was written does not help
+// them.
+void require(bool condition, const char* text) {
+  if (!condition) throw std::runtime_error(text);
+}
+
+std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+DType dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    default:
+      throw std::runtime_error(
+          "x: dtype bfloat16, float16 or float32 is required; got another; convert it");
+  }
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i) {
+    if (a.size(i) != b.size(i)) return false;
+  }
+  return true;
+}
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kPackBytes == 0; }
+
+// The tensor itself, or a copy that kernels can read in 16-byte packs.
+Tensor packed(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return is_aligned(t.data_ptr()) ? t : torch::stable::clone(t);
+}
+
+struct Span {
+  const char *begin, *end;
+};
+Span span_of(const Tensor& t) {
+  const char* begin = static_cast<const char*>(t.data_ptr());
+  return {begin, begin + t.numel() * t.element_size()};
+}
+bool overlap(const Tensor& a, const Tensor& b) {
+  const Span s = span_of(a), t = span_of(b);
+  return s.begin < t.end && t.begin < s.end;
+}
+bool disjoint_or_same(const Tensor& out, const Tensor& in) {
+  return out.data_ptr() == in.data_ptr() || !overlap(out, in);
+}
+
+void check_like_x(const Tensor& t, const Tensor& x, const char* name) {
+  const bool alike = t.scalar_type() == x.scalar_type() && same_shape(t, x) &&
+                     t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
+  if (alike) return;
+  throw std::runtime_error(std::string(name) + ": shape, dtype and device of x, " + shape_text(x) +
+                           ", are required; got " + shape_text(t) + " or another dtype or device");
+}
+
+void check_weight(const Tensor& w, const Tensor& x, int64_t hidden, const char* name) {
+  const bool fits = w.dim() == 1 && w.size(0) == hidden &&
+                    (w.scalar_type() == x.scalar_type() || w.scalar_type() == ScalarType::Float) &&
+                    w.is_cuda() == x.is_cuda() && w.get_device_index() == x.get_device_index();
+  if (fits) return;
+  throw std::runtime_error(std::string(name) + ": shape [" + std::to_string(hidden) +
+                           "], x's dtype or float32, and x's device are required; got " +
+                           shape_text(w) + " or another dtype or device");
+}
+
+void check_out(const Tensor& out, const Tensor& x, const char* name) {
+  check_like_x(out, x, name);
+  if (!out.is_contiguous() || !is_aligned(out.data_ptr())) {
+    throw std::runtime_error(std::string(name) +
+                             ": a contiguous, 16-byte aligned tensor is required; got another; "
+                             "call without out=");
+  }
+}
+
+// The arguments of a call, checked; kernels get what is in `arguments`. The tensors keep it alive
+// until it is queued.
+struct Call {
+  Tensor x, weight;
+  OptionalTensor residual, post_weight;
+  CallArguments arguments;
+};
+
+Call make_call(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+               const OptionalTensor& post_weight, double eps, double weight_bias) {
+  const DType dtype = dtype_of(x);
+  const int64_t dim = x.dim();
+  require(dim >= 1, "x: shape [..., hidden] is required; got no dimension");
+  const int64_t hidden = x.size(dim - 1);
+  const int64_t pack = static_cast<int64_t>(kPackBytes / x.element_size());
+  if (hidden < 1 || hidden % pack != 0 || hidden > static_cast<int64_t>(kMaxHidden)) {
+    throw std::runtime_error("x: hidden (the last dimension) must be a multiple of " +
+                             std::to_string(pack) + " up to " + std::to_string(kMaxHidden) +
+                             "; got " + std::to_string(hidden));
+  }
+  check_weight(weight, x, hidden, "weight");
+  if (post_weight) {
+    check_weight(*post_weight, x, hidden, "post_weight");
+    require(post_weight->scalar_type() == weight.scalar_type(),
+            "post_weight: weight's dtype is required; got another");
+    require(residual.has_value(),
+            "residual: required where post_weight is given; got None; pass the residual");
+  }
+  if (residual) check_like_x(*residual, x, "residual");
+  require(std::isfinite(eps) && eps >= 0,
+          "eps: a finite number, at least 0, is required; got another");
+  require(std::isfinite(weight_bias), "weight_bias: a finite number is required; got another");
+
+  Call call{packed(x), packed(weight), residual, post_weight, {}};
+  if (residual) call.residual = packed(*residual);
+  if (post_weight) call.post_weight = packed(*post_weight);
+  RowParams& row = call.arguments.row;
+  row.x = call.x.data_ptr();
+  row.weight = call.weight.data_ptr();
+  row.residual = residual ? call.residual->data_ptr() : nullptr;
+  row.post_weight = post_weight ? call.post_weight->data_ptr() : nullptr;
+  row.row_packs = static_cast<uint32_t>(hidden / pack);
+  row.hidden = static_cast<float>(hidden);
+  row.hidden_reciprocal = 1.0f / row.hidden;
+  row.eps = static_cast<float>(eps);
+  row.weight_bias = static_cast<float>(weight_bias);
+  row.weights_fp32 = dtype != DType::kFloat32 && weight.scalar_type() == ScalarType::Float;
+  call.arguments.dtype = dtype;
+  call.arguments.rows = static_cast<uint64_t>(x.numel() / hidden);
+  return call;
+}
+
+void set_outputs(Call& call, const Tensor& x, const Tensor& norm_out, const Tensor& residual_out) {
+  check_out(norm_out, x, "norm_out");
+  check_out(residual_out, x, "residual_out");
+  require(!overlap(norm_out, residual_out),
+          "out: two tensors that do not overlap are required; got overlapping ones");
+  for (const Tensor* out : {&norm_out, &residual_out}) {
+    // call.x and call.residual are copies where the originals could not be read in packs: those may
+    // overlap as they like.
+    const bool apart = disjoint_or_same(*out, call.x) &&
+                       (!call.residual || disjoint_or_same(*out, *call.residual)) &&
+                       !overlap(*out, call.weight) &&
+                       (!call.post_weight || !overlap(*out, *call.post_weight));
+    require(apart,
+            "out: tensors that are exactly x or residual, or apart from all inputs, are required; "
+            "got a partial "
+            "overlap");
+  }
+  call.arguments.row.norm_out = norm_out.data_ptr();
+  call.arguments.row.residual_out = residual_out.data_ptr();
+}
+
+cudaStream_t current_stream(int32_t device) {
+  require(aoti_torch_get_current_cuda_stream != nullptr,
+          "torch: a build with CUDA is required; got one without");
+  void* stream = nullptr;
+  require(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+          "torch: a current CUDA stream is required; got none");
+  return static_cast<cudaStream_t>(stream);
+}
+
+void throw_if_failed(const Workspace& workspace) {
+  const auto record = workspace.failure();
+  if (!record) return;
+  throw std::runtime_error(
+      "PeerTimeoutError: rank " + std::to_string(record->peer) + " did not come to call " +
+      std::to_string(record->call) + " (row " + std::to_string(record->row) +
+      ") in time; close() the workspace and init() a new one over the ranks that are left");
+}
+
+// What needs Python: groups without a fused workspace. See ops.py.
+void call_slow_path(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+                    const OptionalTensor& post_weight, double eps, double weight_bias,
+                    const std::string& group_name, const std::string& algorithm,
+                    const Tensor& norm_out, const Tensor& residual_out) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 10> stack{
+      from(x),           from(weight),     from(residual),  from(post_weight), from(eps),
+      from(weight_bias), from(group_name), from(algorithm), from(norm_out),    from(residual_out)};
+  take_slow_path_error();
+  const AOTITorchError status =
+      torch_call_dispatcher("gemma_ar_norm::_slow_path", "", stack.data(), TORCH_ABI_VERSION);
+  const std::string error = take_slow_path_error();
+  if (!error.empty()) throw std::runtime_error(error);
+  require(status == AOTI_TORCH_SUCCESS,
+          "gemma_ar_norm: the Python side is required; got a failure in it");
+}
+
+void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+              const OptionalTensor& post_weight, double eps, double weight_bias,
+              const std::string& group_name, const std::string& algorithm, const Tensor& norm_out,
+              const Tensor& residual_out) {
+  set_outputs(call, x, norm_out, residual_out);
+  const bool unfused = algorithm == "unfused";
+  require(unfused || algorithm == "auto" || algorithm == "one_shot",
+          "algorithm: 'auto', 'one_shot' or 'unfused' is required; got another");
+  // Without rows there is nothing to do, on any rank: the protocol counts no such call.
+  if (call.arguments.rows == 0) return;
+  const int32_t device = x.get_device_index();
+  const std::shared_ptr<Workspace> workspace = unfused ? nullptr : find_workspace(group_name);
+  if (workspace == nullptr) {
+    call_slow_path(x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
+                   norm_out, residual_out);
+    return;
+  }
+  if (workspace->device() != device) {
+    throw std::runtime_error(
+        "x: a tensor on cuda:" + std::to_string(workspace->device()) +
+        ", where this group's workspace is, is required; got cuda:" + std::to_string(device));
+  }
+  throw_if_failed(*workspace);
+  workspace->run(call.arguments, current_stream(device));
+}
+
+// ---- the ops
+// ------------------------------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> fused_allreduce_rmsnorm(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& residual,
+                                                   const OptionalTensor& post_weight, double eps,
+                                                   double weight_bias,
+                                                   const std::string& group_name,
+                                                   const std::string& algorithm) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
+  // Of the contiguous call.x: empty_like keeps strides.
+  Tensor norm_out = torch::stable::empty_like(call.x),
+         residual_out = torch::stable::empty_like(call.x);
+  run_call(call, x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
+           norm_out, residual_out);
+  return {norm_out, residual_out};
+}
+
+void fused_allreduce_rmsnorm_out(const Tensor& x, const Tensor& weight,
+                                 const OptionalTensor& residual, const OptionalTensor& post_weight,
+                                 double eps, double weight_bias, const std::string& group_name,
+                                 const std::string& algorithm, const Tensor& norm_out,
+                                 const Tensor& residual_out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
+  run_call(call, x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
+           norm_out, residual_out);
+}
+
+void add_rmsnorm_out(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
+                     const OptionalTensor& post_weight, double eps, double weight_bias,
+                     const Tensor& norm_out, const Tensor& residual_out) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
+  set_outputs(call, x, norm_out, residual_out);
+  if (call.arguments.rows == 0) return;
+  run_local(x.get_device_index(), call.arguments, current_stream(x.get_device_index()));
+}
+
+}  // namespace
+}  // namespace gan
+
+STABLE_TORCH_LIBRARY(gemma_ar_norm, m) {
+  m.def(
+      "fused_allreduce_rmsnorm(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, "
+      "float eps, "
+      "float weight_bias, str group_name, str algorithm) -> (Tensor norm_out, Tensor "
+      "residual_out)");
+  m.def(
+      "fused_allreduce_rmsnorm.out(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, "
+      "float eps, "
+      "float weight_bias, str group_name, str algorithm, *, Tensor(a!) norm_out, Tensor(b!) "
+      "residual_out) -> ()");
+  m.def(
+      "add_rmsnorm.out(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, float eps, "
+      "float weight_bias, *, "
+      "Tensor(a!) norm_out, Tensor(b!) residual_out) -> ()");
+  m.def(
+      "_slow_path(Tensor x, Tensor weight, Tensor? residual, Tensor? post_weight, float eps, float "
+      "weight_bias, "
+      "str group_name, str algorithm, Tensor(a!) norm_out, Tensor(b!) residual_out) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(gemma_ar_norm, CUDA, m) {
+  m.impl("fused_allreduce_rmsnorm", TORCH_BOX(&gan::fused_allreduce_rmsnorm));
+  m.impl("fused_allreduce_rmsnorm.out", TORCH_BOX(&gan::fused_allreduce_rmsnorm_out));
+  m.impl("add_rmsnorm.out", TORCH_BOX(&gan::add_rmsnorm_out));
+}

@@ -1,0 +1,193 @@
+// The protocol by which ranks exchange rows: push, poll, clear, and the call they belong to.
+//
+// Data is the flag. Every word of an idle inbox is kEmptyWord; a sender stores data that never
+// equals it; a reader polls until no word of its pack is empty. Who reads, clears: having used a
+// pack the reader stores kEmptyWord back, so that between calls the whole inbox is empty, whatever
+// was called. There is no barrier and no fence.
+//
+// Two stages are enough. Call k uses stage k % 2. A peer pushes call k + 2 only after it finished
+// call k + 1, for which it needed my rows of call k + 1, which I push only after my call k
+// completed with its clears. So a push never meets data of an earlier call that has not been read
+// and cleared. (A call without rows would break the chain: none is launched.)
+//
+// The call number lives on the device, so that graph replays count too: one copy for each block,
+// because blocks of one call start at different times. Block b reads copy b and advances copies b,
+// b + grid, b + 2 * grid, ...: all copies agree after every call, whatever its grid was, and no
+// atomic is needed.
+//
+// A call has one deadline. See Wait for what happens then.
+#pragma once
+#include "gpu.cuh"
+#include "inbox.h"
+#include "pack.cuh"
+#include "params.h"
+
+namespace gan {
+
+// ---- failure
+// -----------------------------------------------------------------------------------------------------------
+
+GAN_DEVICE InboxHeader* header_of(uint8_t* inbox) { return reinterpret_cast<InboxHeader*>(inbox); }
+
+// Reports that `record.peer` is missing: to every peer, so that all fail together and name the same
+// rank, to the host, and to this rank's later calls. The first thread of the rank to come here does
+// it.
+template <uint32_t kRanks>
+GAN_DEVICE void report_failure(const ExchangeParams& exchange, uint64_t record) {
+  InboxHeader* own = header_of(exchange.inbox);
+  if (!claim_once(&own->failure_claim)) return;
+#pragma unroll 1
+  for (uint32_t r = 0; r < kRanks; ++r) {
+    // Pairs with the look at the board in reported_failure of rank r.
+    store_relaxed_sys(&header_of(exchange.peer_inbox[r])->board[exchange.rank], record);
+  }
+  store_relaxed_sys(exchange.host_failure, record);
+  // Ordered before the next call by the end of this kernel. `number` is left to end_call.
+#pragma unroll 1
+  for (uint32_t i = 0; i < kMaxBlocks; ++i) store_relaxed_gpu(&own->call[i].failed, 1u);
+}
+
+// The first peer whose pack has not arrived; kRanks: all are here.
+template <uint32_t kRanks>
+GAN_DEVICE uint32_t missing_rank(const ExchangeParams& exchange, uint64_t offset) {
+#pragma unroll 1
+  for (uint32_t area = 0; area < kRanks - 1; ++area) {
+    if (!is_full(
+            load_relaxed_sys(reinterpret_cast<const Pack*>(exchange.peer[area].poll + offset)))) {
+      return source_of_area(area, exchange.rank);
+    }
+  }
+  return kRanks;
+}
+
+// What a peer has reported, 0 where none has.
+template <uint32_t kRanks>
+GAN_DEVICE uint64_t reported_failure(const ExchangeParams& exchange) {
+  const InboxHeader* own = header_of(exchange.inbox);
+  uint64_t record = 0;
+#pragma unroll 1
+  for (uint32_t r = 0; r < kRanks && record == 0; ++r) {
+    // Pairs with the store of report_failure by rank r.
+    record = load_relaxed_sys(&own->board[r]);
+  }
+  return record;
+}
+
+// Whether some thread of this rank has reported a failure.
+GAN_DEVICE bool has_failed(const ExchangeParams& exchange) {
+  return load_relaxed_gpu(&header_of(exchange.inbox)->failure_claim) != 0;
+}
+
+// A thread's waiting within one call. The clock is looked at rarely: a poll takes most of a
+// microsecond, and reading the clock and the board after each would delay the data. So the deadline
+// runs from the thread's first look, which comes with the kPollsBeforeLook-th vain poll for a row.
+class Wait {
+ public:
+  // To be asked after each vain poll at `offset`, with the number of polls so far. True: stop
+  // waiting; the failure has been reported.
+  template <uint32_t kRanks>
+  GAN_DEVICE bool is_over(const ExchangeParams& exchange, uint32_t polls, uint32_t call,
+                          uint32_t row, uint64_t offset) {
+    constexpr uint32_t kPollsBeforeLook = 64;
+    if (!GAN_UNLIKELY(polls % kPollsBeforeLook == 0)) return false;
+    uint64_t record = reported_failure<kRanks>(exchange);
+    if (record == 0) {
+      const uint32_t now = static_cast<uint32_t>(clock_ns() >> kTickBits);
+      if (deadline_ == kNoDeadline) deadline_ = (now + exchange.timeout_ticks) | 1u;
+      if (static_cast<int32_t>(now - deadline_) < 0) return false;
+      const uint32_t missing = missing_rank<kRanks>(exchange, offset);
+      if (missing == kRanks) return false;
+      record = FailureRecord{missing, row, call}.bits();
+    }
+    report_failure<kRanks>(exchange, record);
+    cluster_fence();  // other blocks of the team see the report when they see a sum made of this
+                      // thread's NaN
+    return true;
+  }
+
+ private:
+  static constexpr uint32_t kNoDeadline = 0;
+  uint32_t deadline_ = kNoDeadline;  // in ticks (params.h), odd; a register less than nanoseconds
+};
+
+// ---- a call
+// ------------------------------------------------------------------------------------------------------------
+
+struct Call {
+  uint32_t number;
+  // An earlier call of this rank failed, or this one has: neither push, nor poll, nor clear; every
+  // row is NaN.
+  bool broken;
+
+  GAN_DEVICE uint64_t stage_offset(const ExchangeParams& exchange) const {
+    return number % kStages != 0 ? exchange.stage_bytes : 0;
+  }
+};
+
+// After grid_dependency_wait: the copies are the previous call's.
+GAN_DEVICE Call begin_call(const ExchangeParams& exchange) {
+  const InboxHeader* own = header_of(exchange.inbox);
+  const uint2 copy = load_relaxed_gpu(reinterpret_cast<const uint2*>(&own->call[blockIdx.x]));
+  return {copy.x, copy.y != 0};
+}
+
+// All copies advance by one, in two parts, each with all threads; one thread alone took 3 us.
+// First, as soon as the call number is known, the copies of no block of this launch: nobody reads
+// them before the next, so this costs no time.
+GAN_DEVICE void advance_idle_copies(const ExchangeParams& exchange, const Call& call) {
+  InboxHeader* own = header_of(exchange.inbox);
+  for (uint32_t i = blockIdx.x + (threadIdx.x + 1) * gridDim.x; i < kMaxBlocks;
+       i += gridDim.x * blockDim.x) {
+    store_relaxed_gpu(&own->call[i].number, call.number + 1);  // wraps: only its parity is used
+  }
+}
+// At the end, this block's own copy, when no thread of the block has still to read it.
+GAN_DEVICE void end_call(const ExchangeParams& exchange, const Call& call) {
+  block_sync();
+  if (threadIdx.x == 0)
+    store_relaxed_gpu(&header_of(exchange.inbox)->call[blockIdx.x].number, call.number + 1);
+}
+
+// ---- packs
+// -------------------------------------------------------------------------------------------------------------
+
+// One pack of this rank to the same place in every peer's inbox. `offset`: stage, row and pack, in
+// bytes.
+template <uint32_t kRanks>
+GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pack own) {
+  const Pack out = sendable(own);
+#pragma unroll
+  for (uint32_t i = 0; i < kRanks - 1; ++i) {
+    // Pairs with the load in poll_all of that peer.
+    store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[i].push + offset), out);
+  }
+}
+
+// One pack of every peer, in the order of areas, read once: true when all of them have arrived. All
+// loads are under way before the first is looked at; a condition on any of them would make them
+// wait for each other.
+template <uint32_t kRanks>
+GAN_DEVICE bool poll_all(const ExchangeParams& exchange, uint64_t offset,
+                         Pack (&from)[kRanks - 1]) {
+#pragma unroll
+  for (uint32_t area = 0; area < kRanks - 1; ++area) {
+    // Pairs with the store in push_to_all of the peer whose area it is.
+    from[area] = load_relaxed_sys(reinterpret_cast<const Pack*>(exchange.peer[area].poll + offset));
+  }
+  bool all = true;
+#pragma unroll
+  for (uint32_t area = 0; area < kRanks - 1; ++area) all = all & is_full(from[area]);
+  return all;
+}
+
+// What poll_all has read becomes empty again. Pairs with the pushes of call number + 2 into the
+// same place: see "Two stages are enough" above.
+template <uint32_t kRanks>
+GAN_DEVICE void clear_all(const ExchangeParams& exchange, uint64_t offset) {
+#pragma unroll
+  for (uint32_t area = 0; area < kRanks - 1; ++area) {
+    store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[area].poll + offset), empty_pack());
+  }
+}
+
+}  // namespace gan

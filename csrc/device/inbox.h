@@ -1,0 +1,99 @@
+// The layout of an inbox: the memory of a rank that its peers write. Total bytes and every address
+// come from here, on the host and on the GPU; no other file knows an offset.
+//
+//   [error board | farewells | failure claim | copies of the call number] [stage 0: an area per
+//   peer] [stage 1: the same]
+//    kHeaderBytes                                                          stage_bytes stage_bytes
+//
+// Call k uses stage k % 2. Area i of a stage takes the rows that one peer pushes. Between calls
+// every word of both stages is kEmptyWord (pack.cuh); the header starts as zeros.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "params.h"
+
+#ifdef __CUDACC__
+#define GAN_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define GAN_HOST_DEVICE inline
+#endif
+
+namespace gan {
+
+// A call's number, one copy for each block of a launch, and whether a call of this rank has failed.
+struct CallCopy {
+  uint32_t number;
+  uint32_t failed;
+};
+
+struct InboxHeader {
+  uint64_t board[kMaxRanks];  // [r]: what rank r reports of a failed call, a FailureRecord's bits;
+                              // 0: nothing
+  uint64_t farewell[kMaxRanks];  // [r]: not 0 once rank r, closing, has stopped using this inbox
+                                 // (host only)
+  uint32_t failure_claim;        // 1 once a thread of this rank has taken on reporting the failure
+  uint32_t padding[31];
+  CallCopy call[kMaxBlocks];
+};
+inline constexpr uint64_t kHeaderBytes = 8192;
+static_assert(sizeof(InboxHeader) <= kHeaderBytes);
+inline constexpr uint64_t kStages = 2;
+inline constexpr uint64_t kAreaAlignment = 256;
+// A smaller cudaMalloc shares its 2 MiB page with other allocations, and IPC would export those
+// too.
+inline constexpr uint64_t kAllocationAlignment = uint64_t{2} << 20;
+
+GAN_HOST_DEVICE uint64_t round_up(uint64_t value, uint64_t to) {
+  return (value + to - 1) / to * to;
+}
+
+// Bytes of a rank's inbox that takes one-shot calls of max_rows rows: 2 * (ranks - 1) areas and the
+// header.
+GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t max_rows, uint64_t row_bytes) {
+  const uint64_t area = round_up(max_rows * row_bytes, kAreaAlignment);
+  return round_up(kHeaderBytes + kStages * (ranks - 1) * area, kAllocationAlignment);
+}
+
+// A rank does not push to itself, so its areas skip it.
+GAN_HOST_DEVICE uint32_t area_of_source(uint32_t source, uint32_t reader) {
+  return source < reader ? source : source - 1;
+}
+GAN_HOST_DEVICE uint32_t source_of_area(uint32_t area, uint32_t reader) {
+  return area < reader ? area : area + 1;
+}
+
+struct InboxLayout {
+  uint32_t ranks;
+  uint64_t area_bytes, stage_bytes;
+
+  // All of `bytes` is used, so that a workspace made for one row size serves others.
+  static InboxLayout of(uint32_t ranks, uint64_t bytes) {
+    const uint64_t areas = kStages * (ranks - 1);
+    const uint64_t area = (bytes - kHeaderBytes) / areas / kAreaAlignment * kAreaAlignment;
+    return {ranks, area, area * (ranks - 1)};
+  }
+  // Rows of row_bytes that one launch can take.
+  uint64_t max_rows(uint64_t row_bytes) const { return area_bytes / row_bytes; }
+  // Of stage 0.
+  uint64_t area_offset(uint32_t area) const { return kHeaderBytes + area_bytes * area; }
+};
+
+// Who was missing, in which call and row: what a failed call leaves on the error boards and on the
+// host, in one word.
+struct FailureRecord {
+  uint32_t peer, row, call;
+
+  static constexpr uint32_t kRowBits = 27;
+  GAN_HOST_DEVICE uint64_t bits() const {
+    return uint64_t{1} << 63 | uint64_t{peer} << 59 |
+           uint64_t{row & ((uint32_t{1} << kRowBits) - 1)} << 32 | call;
+  }
+  GAN_HOST_DEVICE static FailureRecord of(uint64_t bits) {
+    return {static_cast<uint32_t>(bits >> 59) & 15u,
+            static_cast<uint32_t>(bits >> 32) & ((uint32_t{1} << kRowBits) - 1),
+            static_cast<uint32_t>(bits)};
+  }
+};
+
+}  // namespace gan

@@ -1,0 +1,35 @@
+// The epilogue alone, on a row that is already summed: a = x. For one rank, and after an all-reduce
+// that was not ours. It is also the floor that the fused kernels are measured against.
+//
+// Grid: as one_shot, without peers. Memory: outputs may be exactly x or residual. Synchronisation:
+// a team barrier in each sum of squares.
+#pragma once
+#include "gpu.cuh"
+#include "pack.cuh"
+#include "params.h"
+#include "row_norm.cuh"
+
+namespace gan {
+
+template <DType kType, bool kOnePack, Form kForm>
+GAN_KERNEL local_norm(GAN_KERNEL_PARAMETER LocalNormParams params) {
+  const RowParams& rows = params.row;
+  auto& segments = block_shared<SegmentSums>();
+  const Team team = this_team<kOnePack>(rows);
+  RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
+  start_team(team, segments);
+  grid_dependency_wait();
+  if (params.trigger != Trigger::kNever) grid_launch_dependents();
+#pragma unroll 1
+  for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
+    for (uint32_t j = 0; j < team.packs; ++j) {
+      const Pack sum = norm.in_row(j) ? norm.load_pack(rows.x, row, j) : zero_pack();
+      norm.expect(row, j);
+      norm.expect_weight(j);
+      norm.accept(row, j, sum);
+    }
+    norm.finish(row);
+  }
+}
+
+}  // namespace gan

@@ -1,0 +1,123 @@
+// One-shot: every rank pushes every row to every peer, and each adds all of them itself. One hop,
+// so the least latency; it moves ranks - 1 rows for each row, so two hops win when there are many.
+//
+//   1. Push this rank's packs of all the team's rows to every peer.
+//   2. For each row: poll until the packs of all peers are here, add them in rank order, round
+//   once.
+//   3. The epilogue: residual, norm, outputs (row_norm.cuh).
+//   4. Clear what was read.
+//   5. Advance the call number, of which most copies have been advanced after 1.
+//
+// Grid: teams of one block, or of one cluster, take rows team, team + teams, ...; every team has a
+// row. Every rank launches
+//   the same shape, at most what its GPU can hold at once: a team waits for its like on the peers.
+// Memory: a rank writes rank-sized areas of its peers' inboxes and reads and clears its own
+// (inbox.h). Own rows are neither
+//   pushed to itself nor polled. Outputs may be exactly x or residual: a thread writes a pack after
+//   its last read of it, and all of a team's rows are pushed before its first output.
+// Synchronisation: none between ranks but the data itself (exchange.cuh); the team's threads wait
+// for each
+//   other in each sum of squares.
+#pragma once
+#include "exchange.cuh"
+#include "gpu.cuh"
+#include "pack.cuh"
+#include "params.h"
+#include "row_norm.cuh"
+
+namespace gan {
+
+// T(sum of the ranks' packs in fp32, in rank order). `from` has the peers' in the order of areas,
+// which skips this rank.
+template <DType kType, uint32_t kRanks>
+GAN_DEVICE Pack sum_in_rank_order(uint32_t rank, const Pack (&from)[kRanks - 1], Pack own) {
+  const auto pack_of = [&](uint32_t r) {
+    const Pack after = from[r == 0 ? 0 : r - 1], before = from[r == kRanks - 1 ? r - 1 : r];
+    return r == rank ? own : r < rank ? before : after;
+  };
+  Floats<kType> sum = widen<kType>(pack_of(0));
+#pragma unroll
+  for (uint32_t r = 1; r < kRanks; ++r) {
+    const Floats<kType> f = widen<kType>(pack_of(r));
+#pragma unroll
+    for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) sum.at[i] = add_rn(sum.at[i], f.at[i]);
+  }
+  return round_to_pack<kType>(sum);
+}
+
+template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
+GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
+  // Beside the packs of seven peers there are no registers for it.
+  constexpr bool kWeightEarly = kRanks < kMaxRanks;
+  const RowParams& rows = params.row;
+  const ExchangeParams& exchange = params.exchange;
+  auto& segments = block_shared<SegmentSums>();
+  const Team team = this_team<kOnePack>(rows);
+  RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
+  start_team(team, segments);
+  grid_dependency_wait();
+  if (params.trigger == Trigger::kAtStart) grid_launch_dependents();
+
+  Call call = begin_call(exchange);
+  // Bytes from a rank's area of stage 0 to this thread's pack j of a row.
+  const auto slot = [&](uint32_t row, uint32_t j) {
+    return call.stage_offset(exchange) +
+           (uint64_t{row} * rows.row_packs + team.pack(j)) * kPackBytes;
+  };
+
+  // 1. Where the thread has one pack, that of the first row stays in registers.
+  Pack own;
+  if (kOnePack && norm.in_row(0)) own = norm.load_pack(rows.x, team.first_row(), 0);
+  if (!call.broken) {
+#pragma unroll 1
+    for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
+      for (uint32_t j = 0; j < team.packs; ++j) {
+        if (!norm.in_row(j)) continue;
+        const bool held = kOnePack && row == team.first_row();
+        push_to_all<kRanks>(exchange, slot(row, j), held ? own : norm.load_pack(rows.x, row, j));
+      }
+    }
+  }
+  if (params.trigger == Trigger::kAfterPush) grid_launch_dependents();
+  advance_idle_copies(exchange, call);
+
+  Wait wait;
+#pragma unroll 1
+  for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
+    for (uint32_t j = 0; j < team.packs; ++j) {
+      Pack sum = nan_pack();
+      if (norm.in_row(j)) {
+        if (!kOnePack || row != team.first_row()) own = norm.load_pack(rows.x, row, j);
+        norm.expect(row, j);
+        if (kWeightEarly) norm.expect_weight(j);
+        // 2.
+        const uint64_t offset = slot(row, j);
+        Pack from[kRanks - 1];
+        for (uint32_t polls = 1; !call.broken && !poll_all<kRanks>(exchange, offset, from);
+             ++polls) {
+          call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row, offset);
+        }
+        if (!call.broken) sum = sum_in_rank_order<kType, kRanks>(exchange.rank, from, own);
+      }
+      // 3.
+      if (!kWeightEarly) norm.expect_weight(j);
+      norm.accept(row, j, sum);
+    }
+    const bool has_nan = norm.finish(row);
+    if (GAN_UNLIKELY(has_nan) && has_failed(exchange)) {
+      // A thread of the team gave up, on this row as far as one can tell: none of it counts, and
+      // the team waits no more.
+      call.broken = true;
+      norm.spoil(row);
+    }
+    // 4.
+    if (!call.broken) {
+      for (uint32_t j = 0; j < team.packs; ++j) {
+        if (norm.in_row(j)) clear_all<kRanks>(exchange, slot(row, j));
+      }
+    }
+  }
+  end_call(exchange, call);  // 5.
+}
+
+}  // namespace gan

@@ -1,0 +1,74 @@
+// What a kernel is given: plain data, the same on the host and on the GPU, without CUDA types.
+#pragma once
+#include <cstdint>
+
+namespace gan {
+
+inline constexpr uint32_t kMaxRanks = 8;
+// Blocks a launch can have: there is one copy of the call number for each.
+inline constexpr uint32_t kMaxBlocks = 512;
+// hidden <= 16384: in fp32 that is 4096 packs, the longest row.
+inline constexpr uint32_t kMaxHidden = 16384;
+inline constexpr uint32_t kMaxRowPacks = 4096;
+
+// Waiting is measured in ticks of 2^20 ns, about a millisecond, so that 32 bits are enough for 24
+// days.
+inline constexpr uint32_t kTickBits = 20;
+inline constexpr uint32_t kMaxTimeoutTicks = uint32_t{1} << 30;
+
+enum class DType : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
+
+// When a kernel lets the stream's next one start (PDL). Measured, so it is a field of the plan.
+enum class Trigger : uint32_t { kNever = 0, kAtStart = 1, kAfterPush = 2 };
+
+// The rows of a call and what is done with each: the epilogue of the contract (row_norm.cuh).
+struct RowParams {
+  const void* x;            // [rows, hidden] of T: this rank's partial sums
+  const void* residual;     // [rows, hidden] of T; null: the plain form
+  const void* weight;       // [hidden] of T, or of fp32 where weights_fp32
+  const void* post_weight;  // like weight; not null: the sandwich form, which has a residual
+  void* norm_out;           // [rows, hidden] of T; may be exactly x or residual
+  void* residual_out;       // [rows, hidden] of T; may be exactly x or residual
+  uint32_t rows;            // at least 1
+  uint32_t row_packs;       // hidden / elements in a pack
+  uint32_t packs_a_thread;  // how many a thread has of a row, at most
+  float hidden;             // what the sum of squares is divided by
+  float hidden_reciprocal;  // 1 / hidden, rounded
+  float eps;
+  float weight_bias;
+  uint32_t weights_fp32;  // not 0: weight and post_weight are fp32 although T is not
+};
+
+// Addresses of the exchange with one peer, as mapped in this process, derived by inbox.h. Both are
+// of stage 0.
+struct PeerAreas {
+  uint8_t* push;  // this rank's area in the inbox of rank (rank + 1 + i) % ranks
+  uint8_t* poll;  // area i of this rank's inbox
+};
+
+// Where the exchange takes place. What every call reads comes first and close together: parameters
+// reach a kernel through a cache whose lines are of 64 bytes, and a line not there yet costs as
+// much as a load.
+struct ExchangeParams {
+  uint8_t* inbox;        // this rank's own
+  uint64_t stage_bytes;  // from an address in stage 0 to its like in stage 1
+  uint32_t rank;
+  PeerAreas peer[kMaxRanks - 1];  // [i], i < ranks - 1
+  // Only where a peer is late:
+  uint32_t timeout_ticks;  // how long a call may wait for peers
+  uint64_t* host_failure;  // pinned host memory: a FailureRecord's bits once a call has failed
+  uint8_t* peer_inbox[kMaxRanks];  // [r]: rank r's inbox
+};
+
+struct OneShotParams {
+  RowParams row;
+  Trigger trigger;
+  ExchangeParams exchange;
+};
+
+struct LocalNormParams {
+  RowParams row;
+  Trigger trigger;
+};
+
+}  // namespace gan

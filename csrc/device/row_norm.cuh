@@ -1,0 +1,303 @@
+// The epilogue of the contract: a row of sums becomes residual_out and norm_out.
+//
+//   plain:     h = a            residual:  h = T(residual + a)
+//   sandwich:  p = T((a * rstd(a)) * (bias + post_weight)),  h = T(residual + p)
+//   norm_out = T((h * rstd(h)) * (bias + weight)),  residual_out = h,  rstd(v) = 1 / sqrt(sum(v^2)
+//   / hidden + eps)
+//
+// T(...) rounds to nearest even; all else is fp32, one IEEE operation at a time. The order of the
+// sum of squares depends on hidden and T alone, so that the bits are the same however a row is
+// spread over threads, warps and blocks: a pack in element order; 32 consecutive packs (a segment)
+// by xor-shuffle; lane l adds segments l, l + 32, ... in order; the 32 lanes by xor-shuffle.
+// reference.py does the same in torch.
+//
+// A team shares a row: one block, or the blocks of a cluster. A thread has one pack of it
+// (kOnePack), kept in registers, or several, kept in shared memory. The packs of a warp are whole
+// segments: pack j of a thread is (j * blocks + block) * blockDim.x + threadIdx.x.
+#pragma once
+#include "gpu.cuh"
+#include "pack.cuh"
+#include "params.h"
+#include "rstd.cuh"
+
+namespace gan {
+
+inline constexpr uint32_t kSegmentPacks = kWarpLanes;
+// Of the longest row, and what rounding up to whole warps of every block adds at most: launch.cu
+// checks it.
+inline constexpr uint32_t kMaxSegments = kMaxRowPacks / kSegmentPacks + 32;
+
+// Part of a kernel's shared memory. Two buffers, used in turn: a warp may be one reduction ahead of
+// the others, not two, since each reduction waits for the sums of all warps.
+struct SegmentSums {
+  float sum[2][kMaxSegments];
+  ByteCounter received[2];  // in clusters of several blocks, what has come of `sum`
+};
+
+// A team's place in the grid, and this thread's packs of the team's row.
+struct Team {
+  Cluster cluster;
+  uint32_t packs;  // of a thread, at most
+
+  GAN_DEVICE uint32_t first_row() const { return cluster.index; }
+  GAN_DEVICE uint32_t row_step() const { return cluster.count; }
+  GAN_DEVICE uint32_t pack(uint32_t j) const {
+    return (j * cluster.blocks + cluster.block) * blockDim.x + threadIdx.x;
+  }
+  GAN_DEVICE uint32_t segment(uint32_t j) const { return pack(j) / kSegmentPacks; }
+  GAN_DEVICE uint32_t segments() const {
+    return packs * cluster.blocks * (blockDim.x / kSegmentPacks);
+  }
+};
+
+template <bool kOnePack>
+GAN_DEVICE Team this_team(const RowParams& params) {
+  return {this_cluster(), kOnePack ? 1 : params.packs_a_thread};
+}
+
+// Before the first row, with all threads.
+GAN_DEVICE void start_team(const Team& team, SegmentSums& sums) {
+  if (team.cluster.blocks == 1) return;
+  if (threadIdx.x == 0) {
+    init_byte_counter(&sums.received[0]);
+    init_byte_counter(&sums.received[1]);
+  }
+  cluster_start();
+}
+
+// ---- packs
+// -------------------------------------------------------------------------------------------------------------
+
+GAN_DEVICE float warp_sum(float value) {
+#pragma unroll
+  for (uint32_t mask = kWarpLanes / 2; mask != 0; mask /= 2) {
+    value = add_rn(value, shuffle_xor(value, mask));
+  }
+  return value;
+}
+
+template <DType kType>
+GAN_DEVICE float sum_of_squares(const Floats<kType>& f) {
+  float sum = mul_rn(f.at[0], f.at[0]);
+#pragma unroll
+  for (uint32_t i = 1; i < Floats<kType>::kCount; ++i) {
+    sum = add_rn(sum, mul_rn(f.at[i], f.at[i]));
+  }
+  return sum;
+}
+
+// T(a + b).
+template <DType kType>
+GAN_DEVICE Pack add(Pack a, Pack b) {
+  Floats<kType> f = widen<kType>(a);
+  const Floats<kType> g = widen<kType>(b);
+#pragma unroll
+  for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) f.at[i] = add_rn(f.at[i], g.at[i]);
+  return round_to_pack<kType>(f);
+}
+
+// The elements of a weight vector that belong to a pack, from fp32 although T is not.
+template <DType kType>
+GAN_DEVICE Floats<kType> load_fp32_weights(const void* weight, uint32_t pack) {
+  constexpr uint32_t kPacks = Floats<kType>::kPerWord;  // of fp32 in a pack of T
+  Floats<kType> f;
+#pragma unroll
+  for (uint32_t i = 0; i < kPacks; ++i) {
+    const Floats<DType::kFloat32> part =
+        widen<DType::kFloat32>(load(static_cast<const Pack*>(weight) + pack * kPacks + i));
+#pragma unroll
+    for (uint32_t k = 0; k < part.kCount; ++k) f.at[i * part.kCount + k] = part.at[k];
+  }
+  return f;
+}
+
+// T((v * rstd) * (bias + weight)).
+template <DType kType>
+GAN_DEVICE Pack scale(Pack v, float rstd, const Floats<kType>& weight, float bias) {
+  Floats<kType> f = widen<kType>(v);
+#pragma unroll
+  for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) {
+    f.at[i] = mul_rn(mul_rn(f.at[i], rstd), add_rn(bias, weight.at[i]));
+  }
+  return round_to_pack<kType>(f);
+}
+
+// The sum of a row's segments: lane l adds segments l, l + 32, ..., and the lanes are added by
+// xor-shuffle.
+GAN_DEVICE float sum_of_segments(const float (&segment)[kMaxSegments], uint32_t segments) {
+  float sum = 0.0f;
+#pragma unroll 1
+  for (uint32_t s = threadIdx.x % kWarpLanes; s < segments; s += kWarpLanes)
+    sum = add_rn(sum, segment[s]);
+  return warp_sum(sum);
+}
+
+// ---- a row
+// -------------------------------------------------------------------------------------------------------------
+
+// What a thread keeps of a row between two passes over it.
+template <bool kOnePack>
+class RowPacks {
+ public:
+  GAN_DEVICE Pack get(uint32_t j) const {
+    if constexpr (kOnePack) return pack_;
+    return block_dynamic_shared<Pack>()[j * blockDim.x + threadIdx.x];
+  }
+  GAN_DEVICE void set(uint32_t j, Pack pack) {
+    if constexpr (kOnePack) {
+      pack_ = pack;
+    } else {
+      block_dynamic_shared<Pack>()[j * blockDim.x + threadIdx.x] = pack;
+    }
+  }
+
+ private:
+  Pack pack_;
+};
+
+// Which of the three forms a kernel is for. A branch that all threads take alike still takes a few
+// nanoseconds, and there are many: so the common forms, with weights of T, have kernels without
+// them (kernel_table.cuh says which).
+enum class Form { kAny, kResidual, kSandwich };
+
+// The epilogue of a row after another. For each row: expect(row, j), expect_weight(j) and
+// accept(row, j, sum) for every pack j of the thread, then finish(row), with all threads of the
+// team.
+template <DType kType, bool kOnePack, Form kForm>
+class RowNorm {
+ public:
+  GAN_DEVICE RowNorm(const RowParams& params, const Team& team, SegmentSums& sums)
+      : params_(params), team_(team), sums_(sums) {}
+
+  // Loads what pack j needs besides its sum, so that it is here when the sum is.
+  GAN_DEVICE void expect(uint32_t row, uint32_t j) {
+    if (!GAN_UNLIKELY(!has_residual()) && in_row(j))
+      residual_ = load_pack(params_.residual, row, j);
+  }
+  // And what it needs of the weight; at the latest before accept.
+  GAN_DEVICE void expect_weight(uint32_t j) {
+    if (kOnePack) weight_ = load_weight(is_sandwich() ? params_.post_weight : params_.weight, j);
+  }
+
+  // Takes the sum of pack j; `a` does not matter where the pack is beyond the row.
+  GAN_DEVICE void accept(uint32_t row, uint32_t j, Pack a) {
+    if (!in_row(j)) a = zero_pack();
+    if (!GAN_UNLIKELY(is_sandwich())) a = enter_residual(row, j, a);
+    add_squares(j, a);
+    packs_.set(j, a);
+  }
+
+  // Writes what is left of the row. True when an element of it is NaN: the caller may know why.
+  GAN_DEVICE bool finish(uint32_t row) {
+    if (GAN_UNLIKELY(is_sandwich())) {
+      const Pack next_weight = kOnePack ? load_weight(params_.weight, 0) : zero_pack();
+      const float post_rstd = reduce();
+      for (uint32_t j = 0; j < team_.packs; ++j) {
+        if (!kOnePack) {
+          expect(row, j);
+          weight_ = load_weight(params_.post_weight, j);
+        }
+        Pack p = packs_.get(j);
+        if (in_row(j)) p = enter_residual(row, j, normalise(p, j, post_rstd, params_.post_weight));
+        weight_ = next_weight;
+        add_squares(j, p);
+        packs_.set(j, p);
+      }
+    }
+    const float rstd = reduce();
+    for (uint32_t j = 0; j < team_.packs; ++j) {
+      if (!kOnePack) weight_ = load_weight(params_.weight, j);
+      if (in_row(j)) {
+        store_pack(params_.norm_out, row, j, normalise(packs_.get(j), j, rstd, params_.weight));
+      }
+    }
+    return is_nan(rstd);
+  }
+
+  // residual_out becomes NaN, for a row that could not be finished.
+  GAN_DEVICE void spoil(uint32_t row) {
+    for (uint32_t j = 0; j < team_.packs; ++j) {
+      if (in_row(j)) store_pack(params_.residual_out, row, j, nan_pack());
+    }
+  }
+
+  GAN_DEVICE bool in_row(uint32_t j) const { return team_.pack(j) < params_.row_packs; }
+  GAN_DEVICE Pack load_pack(const void* rows, uint32_t row, uint32_t j) const {
+    return load(static_cast<const Pack*>(rows) + index(row, j));
+  }
+
+ private:
+  GAN_DEVICE bool has_residual() const {
+    return kForm != Form::kAny || params_.residual != nullptr;
+  }
+  GAN_DEVICE bool is_sandwich() const {
+    return kForm == Form::kAny ? params_.post_weight != nullptr : kForm == Form::kSandwich;
+  }
+  GAN_DEVICE bool has_fp32_weights() const {
+    return kForm == Form::kAny && params_.weights_fp32 != 0;
+  }
+  GAN_DEVICE uint64_t index(uint32_t row, uint32_t j) const {
+    return uint64_t{row} * params_.row_packs + team_.pack(j);
+  }
+  GAN_DEVICE void store_pack(void* rows, uint32_t row, uint32_t j, Pack pack) {
+    store(static_cast<Pack*>(rows) + index(row, j), pack);
+  }
+  // Of T. Where weights are fp32, normalise loads them: held ahead they would take twice the
+  // registers.
+  GAN_DEVICE Pack load_weight(const void* from, uint32_t j) const {
+    if (GAN_UNLIKELY(has_fp32_weights()) || !in_row(j)) return zero_pack();
+    return load(static_cast<const Pack*>(from) + team_.pack(j));
+  }
+  // `weight` is what weight_ has been loaded from.
+  GAN_DEVICE Pack normalise(Pack v, uint32_t j, float rstd, const void* weight) const {
+    Floats<kType> w = widen<kType>(weight_);
+    if (GAN_UNLIKELY(has_fp32_weights())) w = load_fp32_weights<kType>(weight, team_.pack(j));
+    return scale<kType>(v, rstd, w, params_.weight_bias);
+  }
+
+  // h, which is residual_out. The residual is what expect loaded.
+  GAN_DEVICE Pack enter_residual(uint32_t row, uint32_t j, Pack a) {
+    if (!in_row(j)) return a;
+    if (!GAN_UNLIKELY(!has_residual())) a = add<kType>(residual_, a);
+    store_pack(params_.residual_out, row, j, a);
+    return a;
+  }
+
+  // The sum of squares of the segment that the warp's packs j make up, to every block of the team.
+  GAN_DEVICE void add_squares(uint32_t j, Pack pack) {
+    const float segment = warp_sum(sum_of_squares<kType>(widen<kType>(pack)));
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    const uint32_t buffer = reductions_ % 2;
+    float* own = &sums_.sum[buffer][team_.segment(j)];
+    if (team_.cluster.blocks == 1) {
+      if (lane == 0) *own = segment;
+    } else if (lane < team_.cluster.blocks) {
+      store_counted(lane, own, segment, &sums_.received[buffer]);
+    }
+  }
+
+  // rstd of the row, of which all packs have been given to add_squares.
+  GAN_DEVICE float reduce() {
+    const uint32_t buffer = reductions_ % 2;
+    if (team_.cluster.blocks == 1) {
+      block_sync();
+    } else {
+      if (threadIdx.x == 0) expect_bytes(&sums_.received[buffer], team_.segments() * sizeof(float));
+      wait_for_bytes(&sums_.received[buffer], reductions_ / 2 % 2);
+    }
+    const float sum = sum_of_segments(sums_.sum[buffer], team_.segments());
+    ++reductions_;
+    const float mean = divide_by_hidden(sum, params_.hidden, params_.hidden_reciprocal);
+    return reciprocal_of_root(add_rn(mean, params_.eps));
+  }
+
+  const RowParams& params_;
+  const Team& team_;
+  SegmentSums& sums_;
+  uint32_t reductions_ = 0;  // so far
+  Pack residual_;
+  Pack weight_;  // of T; of the only pack, loaded ahead of the reduction that it waits for
+  RowPacks<kOnePack> packs_;
+};
+
+}  // namespace gan

@@ -1,0 +1,110 @@
+#include "device/inbox.h"
+#include "device/pack.cuh"
+#include "device/row_norm.cuh"
+#include "host/kernel_table.cuh"
+#include "host/launch.h"
+
+namespace gan {
+
+extern template struct KernelTable<DType::kBFloat16>;
+extern template struct KernelTable<DType::kFloat16>;
+extern template struct KernelTable<DType::kFloat32>;
+
+namespace {
+
+// Calls body with the dtype as a constant.
+template <class Body>
+auto with_dtype(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(KernelTable<DType::kBFloat16>{});
+    case DType::kFloat16:
+      return body(KernelTable<DType::kFloat16>{});
+    case DType::kFloat32:
+      break;
+  }
+  return body(KernelTable<DType::kFloat32>{});
+}
+
+Form form_of(const RowParams& row) {
+  if (row.residual == nullptr || row.weights_fp32 != 0) return Form::kAny;
+  return row.post_weight == nullptr ? Form::kResidual : Form::kSandwich;
+}
+
+uint32_t dynamic_shared_bytes(const LaunchShape& shape) {
+  return shape.packs_a_thread == 1 ? 0 : shape.packs_a_thread * shape.threads * kPackBytes;
+}
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape,
+                   cudaStream_t stream) {
+  const uint32_t segments =
+      shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
+  if (kernel == nullptr || shape.blocks() > kMaxBlocks || shape.teams > params.row.rows ||
+      segments > kMaxSegments || segments * kSegmentPacks < params.row.row_packs) {
+    return cudaErrorInvalidConfiguration;
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = shape.blocks();
+  config.blockDim = shape.threads;
+  config.dynamicSmemBytes = dynamic_shared_bytes(shape);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (shape.trigger != Trigger::kNever) {
+    cudaLaunchAttribute& early = attributes[config.numAttrs++];
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.blocks_a_team > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {shape.blocks_a_team, 1, 1};
+  }
+  return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+template <class Kernel>
+cudaError_t preload(Kernel kernel, bool one_pack) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  cudaFuncAttributes unused;
+  const cudaError_t status = cudaFuncGetAttributes(&unused, function);
+  if (status != cudaSuccess || one_pack) return status;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              kMaxRowPacks * kPackBytes);
+}
+
+}  // namespace
+
+cudaError_t launch_one_shot(DType dtype, uint32_t ranks, const OneShotParams& params,
+                            const LaunchShape& shape, cudaStream_t stream) {
+  return with_dtype(dtype, [&](auto table) {
+    return launch(table.one_shot(ranks, shape.packs_a_thread == 1, form_of(params.row)), params,
+                  shape, stream);
+  });
+}
+
+cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const LaunchShape& shape,
+                              cudaStream_t stream) {
+  return with_dtype(dtype, [&](auto table) {
+    return launch(table.local_norm(shape.packs_a_thread == 1, form_of(params.row)), params, shape,
+                  stream);
+  });
+}
+
+cudaError_t preload_kernels(uint32_t ranks) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const bool one_pack : {false, true}) {
+      for (const Form form : {Form::kAny, Form::kResidual, Form::kSandwich}) {
+        const cudaError_t status = with_dtype(dtype, [&](auto table) {
+          return ranks == 1 ? preload(table.local_norm(one_pack, form), one_pack)
+                            : preload(table.one_shot(ranks, one_pack, form), one_pack);
+        });
+        if (status != cudaSuccess) return status;
+      }
+    }
+  }
+  return cudaSuccess;
+}
+
+}  // namespace gan

@@ -1,0 +1,19 @@
+// Launching kernels: from a dtype, a number of ranks and a shape to cudaLaunchKernelEx.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include "device/params.h"
+#include "host/plan.h"
+
+namespace gan {
+
+cudaError_t launch_one_shot(DType dtype, uint32_t ranks, const OneShotParams& params,
+                            const LaunchShape& shape, cudaStream_t stream);
+cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const LaunchShape& shape,
+                              cudaStream_t stream);
+
+// Has the current device load all kernels of so many ranks (1: the local kernels). Loading at the
+// first launch may wait for running kernels, and those may be waiting for that launch.
+cudaError_t preload_kernels(uint32_t ranks);
+
+}  // namespace gan

@@ -1,0 +1,3 @@
+#include "host/kernel_table.cuh"
+
+template struct gan::KernelTable<gan::DType::kBFloat16>;

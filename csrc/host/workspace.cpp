@@ -1,0 +1,429 @@
+#include "host/workspace.h"
+
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <unordered_map>
+#include <utility>
+
+#include "host/cuda_status.h"
+#include "host/launch.h"
+
+namespace gan {
+
+// Memory of our own cudaMalloc, not of torch's allocator: what that does with its memory cannot
+// break a mapping.
+class DeviceInbox {
+ public:
+  DeviceInbox(int device, uint64_t bytes) : device_(device) {
+    DeviceScope scope(device);
+    OutsideCapture outside;
+    void* memory = nullptr;
+    check_cuda(cudaMalloc(&memory, bytes),
+               "inbox: " + std::to_string(bytes) + " bytes of device memory are required");
+    data_ = static_cast<uint8_t*>(memory);
+    const std::string what = "inbox: writable device memory is required";
+    check_cuda(cudaMemset(data_, 0x00, kHeaderBytes), what);
+    check_cuda(cudaMemset(data_ + kHeaderBytes, 0xff, bytes - kHeaderBytes), what);
+    check_cuda(cudaDeviceSynchronize(), what);
+  }
+  ~DeviceInbox() {
+    OutsideCapture outside;
+    cudaFree(data_);  // at the end of the process CUDA may be gone, and the memory with it
+    cudaGetLastError();
+  }
+  DeviceInbox(const DeviceInbox&) = delete;
+  DeviceInbox& operator=(const DeviceInbox&) = delete;
+
+  uint8_t* data() const { return data_; }
+  // Whether all ranks but `rank` have said farewell to this inbox.
+  bool is_deserted(uint32_t rank, uint32_t ranks) const {
+    uint64_t farewell[kMaxRanks];
+    OutsideCapture outside;
+    const void* from = data_ + offsetof(InboxHeader, farewell);
+    if (cudaMemcpy(farewell, from, sizeof(farewell), cudaMemcpyDeviceToHost) != cudaSuccess) {
+      cudaGetLastError();
+      return false;
+    }
+    for (uint32_t r = 0; r < ranks; ++r) {
+      if (r != rank && farewell[r] == 0) return false;
+    }
+    return true;
+  }
+
+ private:
+  int device_;
+  uint8_t* data_ = nullptr;
+};
+
+namespace {
+
+struct RetiredInbox {
+  std::shared_ptr<DeviceInbox> inbox;
+  uint32_t rank, ranks;
+};
+
+// Never destroyed: workspaces may be closed while the process exits.
+struct Registry {
+  std::mutex mutex;
+  std::unordered_map<std::string, std::pair<uint64_t, std::shared_ptr<Workspace>>> by_name;
+  std::list<RetiredInbox> retired;
+};
+Registry& registry() {
+  static Registry* instance = new Registry;
+  return *instance;
+}
+
+std::shared_ptr<uint64_t> pinned_word() {
+  OutsideCapture outside;
+  void* memory = nullptr;
+  check_cuda(cudaHostAlloc(&memory, sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped),
+             "workspace: pinned host memory is required");
+  std::memset(memory, 0, sizeof(uint64_t));
+  return {static_cast<uint64_t*>(memory), [](uint64_t* word) {
+            OutsideCapture outside;
+            cudaFreeHost(word);
+            cudaGetLastError();
+          }};
+}
+
+uint32_t row_packs_of(const CallArguments& call) { return call.row.row_packs; }
+
+// The rows from `first` on.
+RowParams rows_from(const RowParams& all, uint64_t first, uint64_t row_bytes) {
+  const uint64_t offset = first * row_bytes;
+  const auto in = [&](const void* p) -> const void* {
+    return p == nullptr ? nullptr : static_cast<const uint8_t*>(p) + offset;
+  };
+  const auto out = [&](void* p) -> void* { return static_cast<uint8_t*>(p) + offset; };
+  RowParams rows = all;
+  rows.x = in(all.x);
+  rows.residual = in(all.residual);
+  rows.norm_out = out(all.norm_out);
+  rows.residual_out = out(all.residual_out);
+  return rows;
+}
+
+// A launch counts rows in 32 bits, and a FailureRecord in fewer.
+constexpr uint64_t kMaxLaunchRows = uint64_t{1} << FailureRecord::kRowBits;
+constexpr uint64_t kBytesAPack = 16;
+
+// Calls launch(first_row, rows) until all rows are done.
+template <class Launch>
+void for_each_chunk(uint64_t rows, uint64_t chunk_rows, Launch launch) {
+  for (uint64_t first = 0; first < rows; first += chunk_rows)
+    launch(first, std::min(chunk_rows, rows - first));
+}
+
+}  // namespace
+
+// ---- a workspace's life
+// -------------------------------------------------------------------------------------------------
+
+Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_bytes,
+                     uint64_t timeout_ns, std::vector<PlanRule> rules)
+    : device_(device),
+      rank_(rank),
+      ranks_(ranks),
+      inbox_bytes_(inbox_bytes),
+      rules_(std::move(rules)) {
+  if (ranks < 2 || ranks > kMaxRanks || rank >= ranks) {
+    throw std::invalid_argument("ranks: 2 to " + std::to_string(kMaxRanks) +
+                                " and rank below it are required; got rank " +
+                                std::to_string(rank) + " of " + std::to_string(ranks));
+  }
+  if (inbox_bytes < gan::inbox_bytes(ranks, 1, kBytesAPack) ||
+      inbox_bytes % kAllocationAlignment != 0) {
+    throw std::invalid_argument("inbox_bytes: what inbox_bytes() returns is required; got " +
+                                std::to_string(inbox_bytes));
+  }
+  choose(rules_, 1, 1);  // throws where there are no rules
+  layout_ = InboxLayout::of(ranks, inbox_bytes);
+  reclaim_inboxes();
+  DeviceScope scope(device);
+  check_cuda(preload_kernels(ranks), "kernels: a GPU that this build has code for is required");
+  inbox_ = std::make_shared<DeviceInbox>(device, inbox_bytes);
+  host_failure_ = pinned_word();
+  exchange_.rank = rank;
+  const uint64_t ticks = (timeout_ns + (uint64_t{1} << kTickBits) - 1) >> kTickBits;
+  exchange_.timeout_ticks =
+      static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(ticks, 1), kMaxTimeoutTicks));
+  exchange_.stage_bytes = layout_.stage_bytes;
+  exchange_.host_failure = host_failure_.get();
+  mapped_.assign(ranks, nullptr);
+}
+
+Workspace::~Workspace() { close(); }
+
+std::string Workspace::ipc_handle() const {
+  DeviceScope scope(device_);
+  cudaIpcMemHandle_t handle;
+  check_cuda(cudaIpcGetMemHandle(&handle, inbox_->data()), "ipc: a GPU with CUDA IPC is required");
+  return {reinterpret_cast<const char*>(&handle), sizeof(handle)};
+}
+
+void Workspace::open_peers(const std::vector<std::string>& handles) {
+  if (handles.size() != ranks_) {
+    throw std::invalid_argument("handles: one a rank is required; got " +
+                                std::to_string(handles.size()));
+  }
+  DeviceScope scope(device_);
+  OutsideCapture outside;
+  std::vector<uint8_t*> inboxes(ranks_);
+  for (uint32_t r = 0; r < ranks_; ++r) {
+    if (r == rank_) {
+      inboxes[r] = inbox_->data();
+      continue;
+    }
+    cudaIpcMemHandle_t handle;
+    if (handles[r].size() != sizeof(handle)) {
+      throw std::invalid_argument(
+          "handles: " + std::to_string(sizeof(handle)) + " bytes each are required; got " +
+          std::to_string(handles[r].size()) + " from rank " + std::to_string(r));
+    }
+    std::memcpy(&handle, handles[r].data(), sizeof(handle));
+    void* inbox = nullptr;
+    check_cuda(
+        cudaIpcOpenMemHandle(&inbox, handle, cudaIpcMemLazyEnablePeerAccess),
+        "ipc: memory of rank " + std::to_string(r) + " that this process can map is required");
+    inboxes[r] = mapped_[r] = static_cast<uint8_t*>(inbox);
+  }
+  connect(inboxes);
+}
+
+void Workspace::connect_local(const std::vector<std::shared_ptr<Workspace>>& ranks) {
+  if (ranks.size() != ranks_) {
+    throw std::invalid_argument("ranks: one workspace a rank is required; got " +
+                                std::to_string(ranks.size()));
+  }
+  std::vector<uint8_t*> inboxes(ranks_);
+  for (uint32_t r = 0; r < ranks_; ++r) {
+    if (ranks[r]->rank_ != r || ranks[r]->device_ != device_ ||
+        ranks[r]->inbox_bytes_ != inbox_bytes_) {
+      throw std::invalid_argument(
+          "ranks: workspaces in rank order, of one device and size, are required; got another at " +
+          std::to_string(r));
+    }
+    local_inboxes_.push_back(ranks[r]->inbox_);
+    inboxes[r] = ranks[r]->inbox_->data();
+  }
+  connect(inboxes);
+}
+
+void Workspace::connect(const std::vector<uint8_t*>& inboxes) {
+  exchange_.inbox = inboxes[rank_];
+  for (uint32_t i = 0; i < ranks_ - 1; ++i) {
+    // Each rank begins its pushes with the next one, so that they do not all go to the same.
+    const uint32_t peer = (rank_ + 1 + i) % ranks_;
+    exchange_.peer[i].push = inboxes[peer] + layout_.area_offset(area_of_source(rank_, peer));
+    exchange_.peer[i].poll = inboxes[rank_] + layout_.area_offset(i);
+  }
+  std::copy(inboxes.begin(), inboxes.end(), exchange_.peer_inbox);
+  connected_ = true;
+}
+
+void Workspace::close() noexcept {
+  if (closed_) return;
+  closed_ = true;
+  try {
+    DeviceScope scope(device_);
+    OutsideCapture outside;
+    cudaDeviceSynchronize();  // no kernel uses any inbox from here
+    for (uint32_t r = 0; r < ranks_; ++r) {
+      if (mapped_[r] == nullptr) continue;
+      // The peer frees its inbox once all have written here. It may do so in the instant before the
+      // unmapping below, which is harmless: nothing is accessed any more.
+      const uint64_t farewell = 1;
+      cudaMemcpy(mapped_[r] + offsetof(InboxHeader, farewell) + rank_ * sizeof(farewell), &farewell,
+                 sizeof(farewell), cudaMemcpyHostToDevice);
+      cudaIpcCloseMemHandle(mapped_[r]);
+      mapped_[r] = nullptr;
+    }
+    cudaGetLastError();
+  } catch (const std::exception&) {
+    // CUDA is gone, as at the end of the process: so are the mappings.
+  }
+  if (inbox_ != nullptr && local_inboxes_.empty() && connected_) {
+    const std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().retired.push_back({std::move(inbox_), rank_, ranks_});
+  }
+  inbox_.reset();
+  local_inboxes_.clear();
+  reclaim_inboxes();
+}
+
+uint32_t reclaim_inboxes() noexcept {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  r.retired.remove_if(
+      [](const RetiredInbox& it) { return it.inbox->is_deserted(it.rank, it.ranks); });
+  return static_cast<uint32_t>(r.retired.size());
+}
+
+// ---- calls
+// --------------------------------------------------------------------------------------------------------------
+
+std::optional<FailureRecord> Workspace::failure() const {
+  const uint64_t bits = __atomic_load_n(host_failure_.get(), __ATOMIC_RELAXED);
+  if (bits == 0) return std::nullopt;
+  return FailureRecord::of(bits);
+}
+
+void Workspace::run(const CallArguments& call, cudaStream_t stream) {
+  if (!connected_ || closed_) {
+    throw std::runtime_error(
+        "workspace: an open one, connected to its peers, is required; got a closed one; call "
+        "init()");
+  }
+  const uint64_t row_bytes = row_packs_of(call) * kBytesAPack;
+  const uint64_t chunk = std::min(max_rows(row_bytes), kMaxLaunchRows);
+  if (chunk == 0) {
+    throw std::runtime_error("workspace: room for one row of " + std::to_string(row_bytes) +
+                             " bytes is required; got " + std::to_string(layout_.area_bytes) +
+                             "; call init() with a larger hidden_size or max_rows");
+  }
+  for_each_chunk(call.rows, chunk, [&](uint64_t first, uint64_t rows) {
+    const LaunchShape shape = choose(rules_, rows, row_packs_of(call));
+    OneShotParams params{rows_from(call.row, first, row_bytes), shape.trigger, exchange_};
+    params.row.rows = static_cast<uint32_t>(rows);
+    params.row.packs_a_thread = shape.packs_a_thread;
+    check_cuda(launch_one_shot(call.dtype, ranks_, params, shape, stream),
+               "launch: a kernel that starts is required");
+  });
+}
+
+void run_local(int device, const CallArguments& call, cudaStream_t stream) {
+  // A device's properties do not change; asking for them takes longer than a launch.
+  static std::mutex mutex;
+  static std::unordered_map<int, PlanRule> rules;
+  PlanRule rule;
+  {
+    const std::lock_guard<std::mutex> lock(mutex);
+    auto found = rules.find(device);
+    if (found == rules.end()) {
+      const DeviceInfo info = device_info(device);
+      DeviceScope scope(device);
+      check_cuda(preload_kernels(1), "kernels: a GPU that this build has code for is required");
+      const Trigger trigger = info.major >= 9 ? Trigger::kAtStart : Trigger::kNever;
+      const PlanRule made{UINT32_MAX,
+                          UINT32_MAX,
+                          Algorithm::kOneShot,
+                          1,
+                          kThreadsAMultiprocessor,
+                          trigger,
+                          static_cast<uint32_t>(info.multiprocessors)};
+      found = rules.emplace(device, made).first;
+    }
+    rule = found->second;
+  }
+  const uint64_t row_bytes = row_packs_of(call) * kBytesAPack;
+  for_each_chunk(call.rows, kMaxLaunchRows, [&](uint64_t first, uint64_t rows) {
+    const LaunchShape shape = shape_of(rule, rows, row_packs_of(call));
+    LocalNormParams params{rows_from(call.row, first, row_bytes), shape.trigger};
+    params.row.rows = static_cast<uint32_t>(rows);
+    params.row.packs_a_thread = shape.packs_a_thread;
+    check_cuda(launch_local_norm(call.dtype, params, shape, stream),
+               "launch: a kernel that starts is required");
+  });
+}
+
+// ---- registry
+// -----------------------------------------------------------------------------------------------------------
+
+void register_workspace(const std::string& group_name, uint64_t generation,
+                        std::shared_ptr<Workspace> workspace) {
+  Registry& r = registry();
+  std::shared_ptr<Workspace> replaced;  // closed, if this was the last use, after the lock is gone
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  auto& entry = r.by_name[group_name];
+  replaced = std::move(entry.second);
+  entry = {generation, std::move(workspace)};
+}
+
+void unregister_workspace(const std::string& group_name) {
+  Registry& r = registry();
+  std::shared_ptr<Workspace> removed;
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  const auto found = r.by_name.find(group_name);
+  if (found == r.by_name.end()) return;
+  removed = std::move(found->second.second);
+  r.by_name.erase(found);
+}
+
+std::shared_ptr<Workspace> find_workspace(const std::string& group_name) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  const auto found = r.by_name.find(group_name);
+  return found == r.by_name.end() ? nullptr : found->second.second;
+}
+
+// ---- what this machine is
+// -----------------------------------------------------------------------------------------------
+
+namespace {
+
+std::string uuid_of(const cudaDeviceProp& properties) {
+  static constexpr char kDigits[] = "0123456789abcdef";
+  std::string text;
+  for (const char byte : properties.uuid.bytes) {
+    text += kDigits[(byte >> 4) & 15];
+    text += kDigits[byte & 15];
+  }
+  return text;
+}
+
+cudaDeviceProp properties_of(int device) {
+  cudaDeviceProp properties;
+  check_cuda(cudaGetDeviceProperties(&properties, device),
+             "device: a usable CUDA device is required");
+  return properties;
+}
+
+}  // namespace
+
+std::string driver_status() {
+  int devices = 0, driver = 0, runtime = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  cudaDriverGetVersion(&driver);
+  cudaRuntimeGetVersion(&runtime);
+  cudaGetLastError();
+  const auto version = [](int v) {
+    return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+  };
+  return std::to_string(status == cudaSuccess ? devices : 0) + " CUDA devices, driver for CUDA " +
+         version(driver) + ", runtime " + version(runtime) + ", " + cudaGetErrorName(status);
+}
+
+DeviceInfo device_info(int device) {
+  const cudaDeviceProp p = properties_of(device);
+  constexpr int kPortableCluster = 8;
+  return {p.name,
+          uuid_of(p),
+          p.major,
+          p.minor,
+          p.multiProcessorCount,
+          p.major >= 9 ? kPortableCluster : 1,
+          p.totalGlobalMem};
+}
+
+std::string peer_access(int device, const std::string& peer_uuid) {
+  int devices = 0;
+  check_cuda(cudaGetDeviceCount(&devices), "device: a CUDA driver is required");
+  for (int peer = 0; peer < devices; ++peer) {
+    if (uuid_of(properties_of(peer)) != peer_uuid) continue;
+    if (peer == device) return "";
+    int can = 0, atomics = 0;
+    check_cuda(cudaDeviceCanAccessPeer(&can, device, peer),
+               "device: two CUDA devices are required");
+    check_cuda(
+        cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, device, peer),
+        "device: two CUDA devices are required");
+    if (can == 0) return "no peer access to that GPU";
+    if (atomics == 0) return "no native atomics on that GPU's memory";
+    return "";
+  }
+  return "that GPU is not visible to this process; see CUDA_VISIBLE_DEVICES";
+}
+
+}  // namespace gan

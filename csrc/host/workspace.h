@@ -1,0 +1,106 @@
+// A rank's part of a group: its inbox, its mappings of the peers' inboxes, and the calls through
+// them.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "device/inbox.h"
+#include "device/params.h"
+#include "host/plan.h"
+
+#define GAN_API __attribute__((visibility("default")))
+
+namespace gan {
+
+// What a call is given besides the workspace. `row.rows`, `row.packs_a_thread` are filled in for
+// each launch.
+struct CallArguments {
+  DType dtype;
+  uint64_t rows;
+  RowParams row;
+};
+
+class DeviceInbox;
+
+class GAN_API Workspace {
+ public:
+  // Allocates and empties the inbox on `device`, and loads the kernels. Throws std::runtime_error
+  // in words.
+  Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_bytes, uint64_t timeout_ns,
+            std::vector<PlanRule> rules);
+  ~Workspace();
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // To be sent to the peers through the group, and to nobody else.
+  std::string ipc_handle() const;
+  // One handle a rank, the own one ignored. Maps the peers' inboxes.
+  void open_peers(const std::vector<std::string>& handles);
+  // Ranks of this process: their inboxes are reached by pointer and live as long as any of them.
+  void connect_local(const std::vector<std::shared_ptr<Workspace>>& ranks);
+
+  // Queues the call on `stream`, in several launches where it has more rows than the inbox takes.
+  void run(const CallArguments& call, cudaStream_t stream);
+
+  // Whom the first failed call missed.
+  std::optional<FailureRecord> failure() const;
+  // Rows of row_bytes that one launch can take.
+  uint64_t max_rows(uint64_t row_bytes) const { return layout_.max_rows(row_bytes); }
+
+  // Waits for the device, tells the peers that their inboxes are no longer used from here, unmaps
+  // them, and retires the own inbox (see reclaim_inboxes). Does not wait for a peer. The second
+  // time it does nothing.
+  void close() noexcept;
+
+  int device() const { return device_; }
+  uint32_t rank() const { return rank_; }
+  uint32_t ranks() const { return ranks_; }
+  uint64_t inbox_bytes() const { return inbox_bytes_; }
+
+ private:
+  void connect(const std::vector<uint8_t*>& inboxes);
+
+  int device_;
+  uint32_t rank_, ranks_;
+  uint64_t inbox_bytes_;
+  InboxLayout layout_;
+  std::vector<PlanRule> rules_;
+  ExchangeParams exchange_{};
+  std::shared_ptr<DeviceInbox> inbox_;
+  std::vector<std::shared_ptr<DeviceInbox>> local_inboxes_;  // of connect_local
+  std::vector<uint8_t*> mapped_;            // of open_peers, by rank; null where nothing is mapped
+  std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
+  bool connected_ = false, closed_ = false;
+};
+
+// ---- workspaces by the name of their group, as torch's ops name groups ----
+GAN_API void register_workspace(const std::string& group_name, uint64_t generation,
+                                std::shared_ptr<Workspace> workspace);
+GAN_API void unregister_workspace(const std::string& group_name);
+GAN_API std::shared_ptr<Workspace> find_workspace(const std::string& group_name);  // null: none
+
+// Frees the retired inboxes that no peer uses any more; returns how many are still held. An inbox
+// that a lost peer had mapped is held until the process ends.
+GAN_API uint32_t reclaim_inboxes() noexcept;
+
+// The epilogue alone, on this device.
+GAN_API void run_local(int device, const CallArguments& call, cudaStream_t stream);
+
+// ---- what this machine is ----
+struct DeviceInfo {
+  std::string name, uuid;
+  int major, minor, multiprocessors, max_cluster;
+  uint64_t total_bytes;
+};
+GAN_API std::string driver_status();  // in words; never throws
+GAN_API DeviceInfo device_info(int device);
+// Empty when `device` can reach the one of that uuid with native atomics, or is the same one; else
+// why not.
+GAN_API std::string peer_access(int device, const std::string& peer_uuid);
+
+}  // namespace gan

@@ -1,0 +1,218 @@
+"""What users call: the fused call, and what it will do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from . import groups, ops, workspace
+from .library import _C
+
+
+def fused_allreduce_gemma_rmsnorm(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    post_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    weight_bias: float = 1.0,
+    group: Any = None,
+    algorithm: str = "auto",
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All-reduce of the partial sums `x`, residual add and Gemma RMSNorm: (norm_out, residual_out).
+
+        a = T( fp32 sum of x_0 + x_1 + ... + x_{N-1}, in rank order )
+        plain      (no residual):  h = a
+        residual:                  h = T( residual + a )
+        sandwich   (post_weight):  p = T( (a * rstd(a)) * (weight_bias + post_weight) )
+                                   h = T( residual + p )
+        norm_out     = T( (h * rstd(h)) * (weight_bias + weight) )
+        residual_out = h
+        rstd(v)      = 1 / sqrt( (sum of v^2) / hidden + eps )
+
+    T(...) rounds to the dtype of x; all else is fp32. The results are those of `reference.py` bit
+    for bit, on the CPU and in the fused kernels, for any number of rows. (The unfused path on GPUs
+    adds in the order of the group's all-reduce.) The formula is that of Gemma3RMSNorm and
+    Qwen3NextRMSNorm in transformers, with their roundings.
+
+    x: [..., hidden], this rank's partial sums, bfloat16, float16 or float32 (T). 0 rows are fine.
+        hidden: a multiple of 16 bytes, at most 16384 elements.
+    weight: [hidden], T or float32. residual: like x; it may differ between ranks.
+    post_weight: like weight; needs a residual.
+    eps: finite, 0 or more. weight_bias: 1 for Gemma, Gemma 2 and 3, Qwen3-Next and Qwen3.5, 0 for
+        Gemma 3n and 4.
+    group: a ProcessGroup, its name, a rank of a `local_group`, or None: the default group, or one
+        rank where torch.distributed is not initialised.
+    algorithm: "auto", "one_shot" or "unfused". It never changes what the fused path computes.
+    out: (norm_out, residual_out) to be written, and returned: contiguous, 16-byte aligned, like x.
+        Each may be exactly x or exactly residual, and not otherwise overlap an argument or the
+        other. Nothing is mutated without it.
+
+    All ranks of the group make the same calls in the same order, from one stream at a time. A call
+    is queued on the current stream and returns. It can be captured in a CUDA graph, after
+    `init(group)` or a first call outside; replays must not overlap other calls of the group.
+    torch.compile sees one op; the group's name is fixed in the graph. Not differentiable.
+
+    Raises TypeError, ValueError for arguments, also when one requires a gradient; WorkspaceError
+    when the group's first call cannot make its workspace; PeerTimeoutError when an earlier call
+    missed a peer (as RuntimeError, with its text, from a compiled graph).
+
+    >>> dist.init_process_group("cpu:gloo,cuda:nccl")
+    >>> gemma_ar_norm.init(hidden_size=5376)
+    >>> x, residual = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(mlp(x), weight, residual)
+    """
+    if torch.is_grad_enabled():
+        ops.refuse_gradients(x=x, weight=weight, residual=residual, post_weight=post_weight)
+        if isinstance(out, tuple) and len(out) == 2:
+            ops.refuse_gradients(norm_out=out[0], residual_out=out[1])
+    if is_dynamo_compiling():
+        name = groups.name_for_compile(group)
+        return _call(x, weight, residual, post_weight, eps, weight_bias, name, algorithm, out)
+    name = groups.name_of(group)
+    try:
+        return _call(x, weight, residual, post_weight, eps, weight_bias, name, algorithm, out)
+    except (RuntimeError, TypeError, ValueError) as error:
+        arguments = {
+            "x": x,
+            "weight": weight,
+            "residual": residual,
+            "post_weight": post_weight,
+            "eps": eps,
+            "weight_bias": weight_bias,
+            "algorithm": algorithm,
+            "out": out,
+        }
+        better = ops.better_error(error, name, arguments)
+        if better is error:
+            raise
+        raise better from None
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    post_weight: Tensor | None,
+    eps: float,
+    weight_bias: float,
+    name: str,
+    algorithm: str,
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    if out is None:
+        result: tuple[Tensor, Tensor] = ops.fused_allreduce_rmsnorm(
+            x, weight, residual, post_weight, eps, weight_bias, name, algorithm
+        )
+        return result
+    norm_out, residual_out = out
+    ops.fused_allreduce_rmsnorm_out(
+        x,
+        weight,
+        residual,
+        post_weight,
+        eps,
+        weight_bias,
+        name,
+        algorithm,
+        norm_out=norm_out,
+        residual_out=residual_out,
+    )
+    return norm_out, residual_out
+
+
+# ---------------------------------------------------------------------------------------- explain
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which path a call takes, and why: the result of `explain`.
+
+    path: "one_shot": our kernel that pushes rows to every peer. "unfused": the group's all-reduce,
+        then our add-and-norm kernel. "local": one rank, our add-and-norm kernel. "cpu": all-gather,
+        then torch. "undecided": the group has no workspace yet, and `init` will tell.
+    launches: kernel launches of ours. blocks, threads: of the largest one; 0 where not one_shot.
+    """
+
+    path: str
+    reason: str
+    rows: int
+    hidden_size: int
+    dtype: torch.dtype
+    ranks: int
+    launches: int = 0
+    blocks: int = 0
+    threads: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape = f"{self.rows} x {self.hidden_size} {dtype} on {self.ranks} rank(s)"
+        launch = ""
+        if self.blocks:
+            times = "1 launch" if self.launches == 1 else f"{self.launches} launches"
+            launch = f" [{times}, {self.blocks} blocks of {self.threads} threads]"
+        return f"{shape}: {self.path}{launch}; {self.reason}"
+
+
+def explain(
+    rows: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    group: Any = None,
+    device: torch.device | str | None = None,
+    algorithm: str = "auto",
+) -> Explanation:
+    """Which path a call with x of [rows, hidden_size] takes here, and why. Not collective.
+
+    It looks at what there is, and makes nothing: before `init` and the group's first call the
+    answer for several ranks with GPUs is "undecided". device: of x; the GPU where there is one.
+    Raises the TypeError or ValueError that the call would raise for this shape and algorithm.
+
+    >>> print(gemma_ar_norm.explain(64, 5376))
+    64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU
+    """
+    for name, value in (("rows", rows), ("hidden_size", hidden_size)):
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(
+                f"{name}: an int, 0 or more, is required; got {value!r}; pass a shape's number"
+            )
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.empty(rows, hidden_size, dtype=dtype, device="meta")
+    weight = torch.empty(hidden_size, dtype=dtype, device="meta")
+    ops.check_arguments(x, weight, None, None, 0.0, 1.0, algorithm)
+
+    me = groups.resolve(group)
+    found = workspace.find(me.name)
+
+    def answer(path: str, reason: str, **launch: int) -> Explanation:
+        return Explanation(path, reason, rows, hidden_size, dtype, me.size, **launch)
+
+    if torch.device(device).type == "cpu":
+        return answer("cpu", "the tensors are on the CPU")
+    if me.size == 1:
+        return answer("local", "one rank: there is nothing to reduce", launches=1)
+    if algorithm == "unfused":
+        return answer("unfused", "asked for by algorithm", launches=1)
+    if found is None or found.closed:
+        return answer("undecided", "no workspace yet; init(group), or the first call, makes one")
+    if not found.fused:
+        return answer("unfused", found.reason, launches=1)
+    if rows == 0:
+        return answer("one_shot", "0 rows: nothing is launched")
+    row_bytes = hidden_size * dtype.itemsize
+    rows_a_launch = min(rows, found.max_rows(row_bytes))
+    shape = _C.choose(found.rules, rows_a_launch, row_bytes // workspace.PACK_BYTES)
+    return answer(
+        shape["algorithm"],
+        found.reason,
+        launches=-(-rows // rows_a_launch),
+        blocks=shape["teams"] * shape["blocks_a_team"],
+        threads=shape["threads"],
+    )

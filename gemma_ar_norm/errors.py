@@ -1,0 +1,27 @@
+"""The errors that have names of their own. Wrong arguments are TypeError and ValueError."""
+
+from __future__ import annotations
+
+
+class WorkspaceError(RuntimeError):
+    """A workspace cannot be made or used. Every rank of the group raises it with the same text."""
+
+
+class PeerTimeoutError(RuntimeError):
+    """A peer did not arrive in a call before the call's deadline.
+
+    The outputs of that call hold NaN where rows were missing, those of later calls hold NaN only.
+    The GPU context stays usable. `init(group)` on all ranks makes a new workspace.
+
+    peer: the rank that was missing, in the group. call: the number of the call, counted from 0 by
+    each workspace. row: the first row that was missed. Every rank names the same.
+    """
+
+    def __init__(self, message: str, peer: int, call: int, row: int) -> None:
+        super().__init__(message)
+        self.peer = peer
+        self.call = call
+        self.row = row
+
+    def __reduce__(self) -> tuple[type[PeerTimeoutError], tuple[str, int, int, int]]:
+        return type(self), (str(self), self.peer, self.call, self.row)

@@ -1,0 +1,244 @@
+"""Process groups: which one is meant, whether it still exists, and small exchanges through it.
+
+A group's name stands for it in the ops, as in torch's functional collectives. torch gives a name
+again after its group was destroyed, so the name alone does not tell that the group has changed:
+this file notices, and tells workspace.py (`on_gone`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _NoDistributed:
+    """A torch that was built without torch.distributed has no default group."""
+
+    WORLD = None
+
+
+GroupMember: Any = dist.distributed_c10d.GroupMember if dist.is_available() else _NoDistributed
+
+NO_GROUP = ""  # the name that stands for one rank without a group
+LOCAL_PREFIX = "gemma_ar_norm.local."  # names of ranks of a local_group
+CHUNK_BYTES = 4096  # of a message in one all-gather
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group as this rank sees it. process_group: None for one rank and for a local group."""
+
+    name: str
+    rank: int
+    size: int
+    process_group: Any = None
+
+    @property
+    def is_local(self) -> bool:
+        return self.name.startswith(LOCAL_PREFIX)
+
+
+# ------------------------------------------------------------------------------------ which group
+
+
+def name_of(group: Any = None) -> str:
+    """The name of `group`, None being the default group; what a call needs, in under 1 us."""
+    if group is None:
+        group = GroupMember.WORLD
+        if group is None:
+            return NO_GROUP
+    known = _known.get(id(group))
+    if known is not None:
+        return known
+    return group if isinstance(group, str) else _learn(group)
+
+
+def name_for_compile(group: Any = None) -> str:
+    """`name_of` in a form that torch.compile traces; it guards on the group, not on its name."""
+    if group is None:
+        group = GroupMember.WORLD
+    if group is None:
+        return NO_GROUP
+    name: str = group if isinstance(group, str) else group.group_name
+    return name
+
+
+def resolve(group: Any = None) -> Group:
+    """The group that `group` means.
+
+    group: None (the default group when torch.distributed is initialised, else one rank), a
+        ProcessGroup, a LocalRank, or a name.
+    Raises TypeError for anything else, ValueError for a group that this process is not in.
+    """
+    name = name_of(group)
+    if name == NO_GROUP:
+        return Group(NO_GROUP, 0, 1)
+    if group is None:
+        group = GroupMember.WORLD
+    elif isinstance(group, str):
+        group = _group_named(name)
+    if name.startswith(LOCAL_PREFIX):
+        return Group(name, group.rank, group.size())
+    return Group(name, group.rank(), group.size(), group)
+
+
+def register_local(rank: Any) -> None:
+    """Makes a LocalRank findable by its name, as long as it lives."""
+    _local_ranks[rank.group_name] = rank
+
+
+def on_gone(callback: Callable[[str], None]) -> None:
+    """Has `callback(name)` called when the group of this name has been destroyed or replaced."""
+    _gone_callbacks.append(callback)
+
+
+_known: dict[int, str] = {}  # id of a group -> its name, until the group's end
+_owners: dict[str, tuple[str, int, int]] = {}  # name -> itself, a number for its group, its id
+_tokens = itertools.count()
+_gone_callbacks: list[Callable[[str], None]] = []
+_local_ranks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def _learn(group: Any) -> str:
+    """Names a group that is seen for the first time, and watches for its end."""
+    if isinstance(group, int) and group == -100:  # torch's GroupMember.NON_GROUP_MEMBER
+        raise ValueError(
+            "group: this process must be a member of the group; got GroupMember.NON_GROUP_MEMBER; "
+            "call on the group's own ranks only"
+        )
+    name = getattr(group, "group_name", None)
+    if not isinstance(name, str) or not callable(getattr(group, "size", None)):
+        raise TypeError(
+            "group: None, a ProcessGroup, a rank of a local_group or a group's name is required; "
+            f"got {type(group).__name__}; pass the ProcessGroup (of a DeviceMesh: mesh.get_group())"
+        )
+    if not name.startswith(LOCAL_PREFIX) and _registered(name) is not group:
+        raise ValueError(
+            f"group: a live group is required; got one, named {name!r}, that was destroyed; pass "
+            "the group that took its place"
+        )
+    if name in _owners:
+        _forget(*_owners[name])
+    owner = (name, next(_tokens), id(group))
+    _owners[name] = owner
+    _known[id(group)] = name
+    for witness in (group, _destroy_witness(group)):
+        if witness is not None:
+            weakref.finalize(witness, _forget, *owner).atexit = False
+    return name
+
+
+def _destroy_witness(group: Any) -> Any:
+    """An object that torch drops in destroy_process_group, or None.
+
+    The group itself outlives that when somebody holds it, and torch.compile's guards do. Its
+    entry in torch's table of groups holds the store, which nobody else does.
+    """
+    try:
+        return dist.distributed_c10d._world.pg_map[group][1]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return None
+
+
+def _forget(name: str, token: int, key: int) -> None:
+    """Ends what was kept for a group and its name, unless the name is another group's by now."""
+    if _owners.get(name) == (name, token, key):
+        del _owners[name], _known[key]
+        for callback in _gone_callbacks:
+            callback(name)
+
+
+def _group_named(name: str) -> Any:
+    local = _local_ranks.get(name)
+    if local is not None:
+        return local
+    group = _registered(name)
+    if group is None:
+        raise ValueError(
+            f"group: the name of a live process group or local group is required; got {name!r}; "
+            "make the group first, and call on its own ranks only"
+        )
+    name_of(group)  # from now on its end is noticed
+    return group
+
+
+def _registered(name: str) -> Any:
+    """The process group that torch has under this name, or None."""
+    try:
+        c10d: Any = torch._C._distributed_c10d
+        return c10d._resolve_process_group(name)
+    except (AttributeError, RuntimeError, ValueError):
+        return None
+
+
+# -------------------------------------------------------------------------------------- exchanges
+
+
+def devices_of(process_group: Any) -> dict[str, str]:
+    """{"cpu": "gloo", "cuda": "nccl"}: the backend of a process group for each device type."""
+    config = str(dist.get_backend_config(process_group)).lower()
+    if ":" not in config:
+        return {"cuda" if config == "nccl" else "cpu": config}
+    return dict(part.split(":", 1) for part in config.split(","))
+
+
+def exchange_device(process_group: Any) -> torch.device:
+    """Where tensors have to be for an exchange through this group; the CPU where it can be."""
+    if "cpu" in devices_of(process_group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def all_gather_json(group: Group, message: Any) -> list[Any]:
+    """Every rank's message, in rank order. Collective.
+
+    It needs nothing but all_gather of uint8: no numpy, no pickle. A message of any length goes
+    in chunks of CHUNK_BYTES, the first of which says how long it is.
+    """
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if group.size == 1:
+        return [json.loads(data)]
+    device = exchange_device(group.process_group)
+    data = len(data).to_bytes(8, "little") + data
+
+    received = [b""] * group.size
+    offset, longest = 0, CHUNK_BYTES
+    while offset < longest:
+        chunk = data[offset : offset + CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
+        sent = torch.tensor(list(chunk), dtype=torch.uint8, device=device)
+        parts = [torch.empty_like(sent) for _ in range(group.size)]
+        dist.all_gather(parts, sent, group=group.process_group)
+        received = [old + bytes(part.tolist()) for old, part in zip(received, parts, strict=True)]
+        offset += CHUNK_BYTES
+        longest = max(8 + int.from_bytes(r[:8], "little") for r in received)
+    return [json.loads(r[8 : 8 + int.from_bytes(r[:8], "little")]) for r in received]
+
+
+def all_gather_rows(group: Group, x: Tensor) -> list[Tensor]:
+    """Every rank's contiguous CPU tensor `x`, in rank order. Collective. Of any dtype."""
+    if group.size == 1 or x.numel() == 0:
+        return [x] * group.size
+    if group.is_local:
+        raise ValueError(
+            "x: a CUDA tensor is required by a local group, whose ranks are streams of one GPU; "
+            "got a CPU tensor; pass a CUDA tensor, or group=None for one rank"
+        )
+    if "cpu" not in devices_of(group.process_group):
+        backends = dist.get_backend_config(group.process_group)
+        raise ValueError(
+            "x: a CPU tensor needs a group with a CPU backend; "
+            f"got a group with the backends {backends!r}; move x to the GPU, or make the group "
+            'with backend="cpu:gloo,cuda:nccl"'
+        )
+    parts = [torch.empty_like(x) for _ in range(group.size)]
+    flat = [part.view(-1).view(torch.uint8) for part in parts]
+    dist.all_gather(flat, x.view(-1).view(torch.uint8), group=group.process_group)
+    return parts

@@ -1,0 +1,106 @@
+"""A stand-in for the module _C that needs no GPU, so that the agreement of `init` can be tested."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from gemma_ar_norm import workspace
+
+MULTIPROCESSORS = 132
+
+
+class FakeNative:
+    """What _C does for workspace.py, and a record of it. Attributes make a step fail."""
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
+        self.version = "1.2.3"
+        self.allocate_error = self.open_error = ""
+        self.no_access: dict[str, str] = {}  # uuid -> reason
+        self.registered: dict[str, tuple[FakeWorkspace, int]] = {}
+        self.made: list[FakeWorkspace] = []
+
+    def build_info(self) -> dict[str, Any]:
+        return {"version": self.version, "protocol": 1, "cuda_runtime": "13.0"}
+
+    def driver_status(self) -> str:
+        return "a fake driver"
+
+    def gpu_facts(self) -> dict[str, Any]:
+        return {
+            "device": 0,
+            "uuid": f"gpu{self.rank}",
+            "compute_capability": (9, 0),
+            "multiprocessors": MULTIPROCESSORS - self.rank,
+            "max_cluster": 8,
+        }
+
+    def peer_access(self, device: int, uuid: str) -> str:
+        return self.no_access.get(uuid, "")
+
+    def inbox_bytes(self, ranks: int, max_rows: int, row_bytes: int) -> int:
+        return ranks * max_rows * row_bytes
+
+    def reclaim(self) -> int:
+        return 0
+
+    def unregister(self, name: str) -> None:
+        self.registered.pop(name, None)
+
+    def Workspace(self, *arguments: Any) -> FakeWorkspace:
+        if self.allocate_error:
+            raise RuntimeError(self.allocate_error)
+        self.made.append(FakeWorkspace(self, *arguments))
+        return self.made[-1]
+
+    @property
+    def open(self) -> list[FakeWorkspace]:
+        return [one for one in self.made if not one.closed]
+
+
+class FakeWorkspace:
+    def __init__(self, native, device, rank, ranks, inbox_bytes, timeout_ns, rules) -> None:
+        self.native, self.rank, self.inbox_bytes = native, rank, inbox_bytes
+        self.timeout_ns, self.rules = timeout_ns, rules
+        self.closed = False
+        self.peers: list[bytes] = []
+        self.failed: tuple[int, int, int] | None = None
+
+    def ipc_handle(self) -> bytes:
+        return b"\x00handle of %d\xff" % self.rank
+
+    def open_peers(self, handles: list[bytes]) -> None:
+        if self.native.open_error:
+            raise RuntimeError(self.native.open_error)
+        self.peers = handles
+
+    def register(self, name: str, generation: int) -> None:
+        assert not self.closed
+        self.native.registered[name] = (self, generation)
+
+    def failure(self) -> tuple[int, int, int] | None:
+        return self.failed
+
+    def max_rows(self, row_bytes: int) -> int:
+        return 256
+
+    def close(self) -> None:
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+
+@contextlib.contextmanager
+def fake_native(rank: int = 0, **attributes: Any) -> Iterator[FakeNative]:
+    """A process that has a GPU, as far as workspace.py can see."""
+    native = FakeNative(rank)
+    for name, value in attributes.items():
+        assert hasattr(native, name)
+        setattr(native, name, value)
+    with (
+        mock.patch.object(workspace, "_C", native),
+        mock.patch.object(workspace, "_gpu_facts", native.gpu_facts),
+    ):
+        yield native

@@ -1,0 +1,309 @@
+"""The call and explain() in one process: every documented error, compile, out=, gradients."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+
+import checks
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import gemma_ar_norm
+from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, ops, plan, workspace
+from gemma_ar_norm.library import _C
+
+call = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def t(*shape, dtype=BF16, **options):
+    return torch.ones(shape, dtype=dtype, **options)
+
+
+def assert_result(got, made):
+    for one, expected in zip(got, made.expected(), strict=True):
+        checks.assert_bit_equal(one, expected, made)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+X, W, R = t(4, 640), t(640), t(4, 640)
+BUFFER = t(8 * 640)
+ROWS = BUFFER[: 4 * 640].view(4, 640)
+
+ERRORS = {
+    "x no tensor": ({"x": [1.0]}, TypeError, "x: a Tensor is required; got list"),
+    "x sparse": ({"x": X.to_sparse()}, TypeError,
+                 "x: a dense tensor is required; got torch.sparse"),
+    "x dtype": ({"x": X.double()}, TypeError, "x: bfloat16, float16 or float32.*got float64"),
+    "x int": ({"x": X.int()}, TypeError, "x: bfloat16, float16 or float32.*got int32"),
+    "x no dimension": ({"x": t()}, ValueError, r"x: a shape \[..., hidden\] is required"),
+    "hidden bf16": ({"x": t(4, 644)}, ValueError, "multiple of 8 .bfloat16. from 8 to 16384.*644"),
+    "hidden fp32": ({"x": t(4, 6, dtype=FP32)}, ValueError,
+                    "multiple of 4 .float32. from 4.*got 6"),
+    "hidden 0": ({"x": t(4, 0)}, ValueError, "from 8 to 16384 is required; got 0"),
+    "hidden large": ({"x": t(1, 16392)}, ValueError, "got 16392; pad the rows"),
+    "weight no tensor": ({"weight": None}, TypeError, "weight: a Tensor is required; got NoneType"),
+    "weight dtype": ({"weight": W.half()}, TypeError,
+                     r"weight: the dtype of x, or float32 \(bfloat16 or float32\).*got float16"),
+    "weight dtype fp32": ({"x": X.float(), "residual": None}, TypeError,
+                          r"weight: the dtype of x, or float32 \(float32\).*got bfloat16"),
+    "weight shape": ({"weight": t(1, 640)}, ValueError, r"weight: the shape \(640,\).*\(1, 640\)"),
+    "weight length": ({"weight": t(639)}, ValueError, r"weight: the shape \(640,\).*\(639,\)"),
+    "weight device": ({"weight": t(640, device="meta")}, ValueError,
+                      "weight: the device of x, cpu, is required; got meta"),
+    "residual no tensor": ({"residual": 1}, TypeError, "residual: a Tensor is required; got int"),
+    "residual dtype": ({"residual": R.float()}, TypeError,
+                       "residual: the dtype of x, bfloat16, is required; got float32"),
+    "residual shape": ({"residual": t(1, 640)}, ValueError,
+                       r"residual: the shape of x, \(4, 640\).*\(1, 640\); residual is not broadc"),
+    "residual device": ({"residual": t(4, 640, device="meta")}, ValueError,
+                        "residual: the device of x, cpu, is required; got meta"),
+    "post_weight alone": ({"residual": None, "post_weight": W}, ValueError,
+                          "post_weight: a residual beside it is required; got residual=None"),
+    "post_weight dtype": ({"post_weight": W.float()}, TypeError,
+                          r"post_weight: the dtype of weight \(bfloat16\).*got float32"),
+    "post_weight shape": ({"post_weight": t(8)}, ValueError, r"post_weight: the shape \(640,\)"),
+    "eps str": ({"eps": "1e-6"}, TypeError, "eps: a float is required; got str"),
+    "eps tensor": ({"eps": t(4)}, TypeError, "eps: a float is required; got Tensor"),
+    "eps negative": ({"eps": -1e-6}, ValueError, "eps: a finite number, 0 or more,.*got -1e-06"),
+    "eps nan": ({"eps": float("nan")}, ValueError, "eps: a finite number, 0 or more,.*got nan"),
+    "bias inf": ({"weight_bias": float("inf")}, ValueError,
+                 "weight_bias: a finite number .*got inf"),
+    "bias None": ({"weight_bias": None}, TypeError,
+                  "weight_bias: a float is required; got NoneType"),
+    "algorithm": ({"algorithm": "best"}, ValueError,
+                  "algorithm: one of auto, one_shot.*got 'best'"),
+    "algorithm type": ({"algorithm": 1}, TypeError, "algorithm: a str is required; got int"),
+    "group type": ({"group": 1.0}, TypeError, "group: None, a ProcessGroup,.*got float"),
+    "group name": ({"group": "nobody"}, ValueError, "group: the name of a live.*got 'nobody'"),
+    "out no pair": ({"out": t(4, 640)}, TypeError, "out: two tensors are required; got Tensor"),
+    "out three": ({"out": (X, X, X)}, TypeError, "out: two tensors are required; got 3 of them"),
+    "out None": ({"out": (None, t(4, 640))}, TypeError,
+                 "norm_out: a Tensor is required; got NoneT"),
+    "out dtype": ({"out": (t(4, 640), t(4, 640, dtype=FP32))}, TypeError,
+                  "residual_out: the dtype of x, bfloat16"),
+    "out shape": ({"out": (t(640), t(4, 640))}, ValueError,
+                  r"norm_out: the shape of x, \(4, 640\)"),
+    "out strided": ({"out": (t(4, 640), t(640, 4).t())}, ValueError,
+                    r"residual_out: a contiguous tensor is required; got strides \(1, 4\)"),
+    "out misaligned": ({"out": (BUFFER[1 : 1 + 4 * 640].view(4, 640), t(4, 640))}, ValueError,
+                       "norm_out: an address that is a multiple of 16"),
+    "out each other": ({"out": (ROWS, BUFFER[8 : 8 + 4 * 640].view(4, 640))}, ValueError,
+                       "out: norm_out and residual_out in memory of their own"),
+    "out the same": ({"out": (ROWS, ROWS)}, ValueError, "norm_out and residual_out in memory"),
+    "out on a part of x": ({"x": ROWS, "out": (BUFFER[8 : 8 + 4 * 640].view(4, 640), t(4, 640))},
+                           ValueError, "norm_out: memory apart from x's, or exactly x"),
+    "out on a part of residual": (
+        {"residual": ROWS, "out": (t(4, 640), BUFFER[640 : 5 * 640].view(4, 640))},
+        ValueError, "residual_out: memory apart from residual's, or exactly residual"),
+    "out on weight": ({"weight": BUFFER[:640], "out": (t(4, 640), ROWS)}, ValueError,
+                      "residual_out: memory apart from weight's"),
+    "out on post_weight": ({"post_weight": BUFFER[640:1280], "out": (ROWS, t(4, 640))}, ValueError,
+                           "norm_out: memory apart from post_weight's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    changes, error, words = ERRORS[name]
+    arguments = {"x": X, "weight": W, "residual": R, **changes}
+    with pytest.raises(error, match=words) as caught:
+        call(**arguments)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert re.fullmatch(r"\w+: [^;]+; got [^;]+; [^;]+", message), "what is required; got; do"
+    assert call(X, W, R)[0].shape == X.shape  # the arguments were all right but for the change
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "residual", "post_weight", "norm_out"])
+def test_gradients_are_refused(name):
+    made = checks.make_case(1, 2, 640, FP32, "sandwich")
+    given = {"x": made.xs[0], "weight": made.weight, **made.options}
+    outputs = {"norm_out": t(2, 640, dtype=FP32), "residual_out": t(2, 640, dtype=FP32)}
+    (outputs if name in outputs else given)[name].requires_grad_()
+    out = tuple(outputs.values()) if name in outputs else None
+    with pytest.raises(ValueError, match=rf"{name}: requires_grad=False.*{name}.detach\(\)"):
+        call(**given, out=out)
+    with torch.no_grad():
+        assert_result(call(**given, out=out), made)
+    with torch.inference_mode():
+        assert_result(call(**given), made)
+
+
+def test_an_expired_deadline_is_raised_with_its_type(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("PeerTimeoutError: rank 3 did not come")
+
+    class Failed:
+        def check(self):
+            raise PeerTimeoutError("rank 3", 3, 4, 5)
+
+    monkeypatch.setattr(ops, "fused_allreduce_rmsnorm", fails)
+    with pytest.raises(RuntimeError, match="rank 3 did not come") as caught:
+        call(X, W)
+    assert type(caught.value) is RuntimeError  # nobody knows more
+    monkeypatch.setitem(workspace._records, "", Failed())
+    with pytest.raises(PeerTimeoutError, match="rank 3") as caught:
+        call(X, W)
+    error = caught.value
+    for same in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (str(same), same.peer, same.call, same.row) == ("rank 3", 3, 4, 5)
+
+
+# ---------------------------------------------------------------------------------------- the call
+
+
+def test_a_call_mutates_nothing():
+    made = checks.make_case(1, 5, 640, BF16, "sandwich")
+    tensors = [made.xs[0], made.weight, made.residual, made.post_weight]
+    before = [one.clone() for one in tensors]
+    outputs = call(made.xs[0], made.weight, **made.options)
+    assert_result(outputs, made)
+    for one, old in zip(tensors, before, strict=True):
+        checks.assert_bit_equal(one, old)
+        assert all(one.data_ptr() != output.data_ptr() for output in outputs)
+
+
+def test_plain_output_does_not_alias_x():
+    norm_out, residual_out = call(X, W)
+    assert len({X.data_ptr(), norm_out.data_ptr(), residual_out.data_ptr()}) == 3
+
+
+def test_misaligned_and_strided_inputs():
+    made = checks.make_case(1, 4, 640, BF16, "sandwich")
+
+    def shifted(one):
+        buffer = torch.empty(one.numel() + 1, dtype=one.dtype)
+        buffer[1:] = one.flatten()
+        return buffer[1:].view(one.shape)
+
+    def strided(one):
+        return torch.stack([one, one], dim=-1)[..., 0]
+
+    for change in (shifted, strided):
+        options = {**made.options, "residual": change(made.residual)}
+        assert_result(call(change(made.xs[0]), change(made.weight), **options), made)
+
+
+# ----------------------------------------------------------------------------------------- compile
+
+
+def test_compile_makes_one_op_and_does_not_recompile_for_rows():
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def layer(x, weight, residual):
+        norm_out, residual = call(x, weight, residual, weight_bias=0.0)
+        return norm_out.neg(), residual
+
+    counts = []
+    for rows in (2, 64, 7, 333):
+        made = checks.make_case(1, rows, 640, BF16, weight_bias=0.0)
+        norm_out, residual = layer(made.xs[0], made.weight, made.residual)
+        assert_result((norm_out.neg(), residual), made)
+        counts.append(counter.frame_count)  # torch itself may start over within the first call
+    assert counts == [counts[0]] * 4
+    ours = [n for n in counter.graphs[-1].graph.nodes if "gemma_ar_norm" in str(n.target)]
+    assert len(ours) == 1
+
+
+@pytest.mark.parametrize("alias", ["residual", "none"])
+def test_compile_with_out(alias):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def layer(x, weight, residual, norm_out, residual_out):
+        out = (norm_out, residual if alias == "residual" else residual_out)
+        return call(x * 1, weight, residual, out=out)
+
+    for rows in (3, 9):
+        made = checks.make_case(1, rows, 640, FP16)
+        residual = made.residual.clone()
+        norm_out, residual_out = checks.poisoned_like(residual), checks.poisoned_like(residual)
+        got = layer(made.xs[0], made.weight, residual, norm_out, residual_out)
+        assert_result(got, made)
+        assert_result((norm_out, residual if alias == "residual" else residual_out), made)
+
+
+def test_compiled_by_inductor_with_a_changing_eps():
+    torch._dynamo.reset()
+    layer = torch.compile(lambda x, w, eps: call(x, w, eps=eps), fullgraph=True, dynamic=True)
+    for eps in (1e-6, 1e-5, 0.25):
+        made = checks.make_case(1, 3, 640, BF16, "plain", eps=eps)
+        assert_result(layer(made.xs[0], made.weight, eps), made)
+
+
+# ----------------------------------------------------------------------------------------- explain
+
+
+def test_explain_on_the_cpu():
+    said = gemma_ar_norm.explain(64, 5376, device="cpu")
+    assert (said.path, said.ranks, said.launches) == ("cpu", 1, 0)
+    assert str(said) == "64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU"
+    with pytest.raises(ValueError, match="x: a last dimension"):
+        gemma_ar_norm.explain(64, 5377)
+    with pytest.raises(ValueError, match="rows: an int, 0 or more, is required; got -1"):
+        gemma_ar_norm.explain(-1, 5376)
+    with pytest.raises(ValueError, match="algorithm: one of"):
+        gemma_ar_norm.explain(1, 5376, algorithm="best")
+
+
+def test_explain_on_a_gpu(monkeypatch):
+    """As it would answer there: what decides is the workspace that the group has."""
+
+    def explain(rows=64, **options):
+        return gemma_ar_norm.explain(rows, 5376, device="cuda", **options)
+
+    assert explain().path == "local"
+
+    class Rank:
+        rank, group_name = 0, groups.LOCAL_PREFIX + "explained"
+
+        def size(self):
+            return 4
+
+    class Native:
+        inbox_bytes = 4096
+
+        def max_rows(self, row_bytes):
+            return 4096 * 256 // row_bytes
+
+    rank = Rank()
+    assert explain(group=rank).path == "undecided"
+    assert explain(group=rank, algorithm="unfused").path == "unfused"
+    me = groups.resolve(rank)
+    monkeypatch.setitem(workspace._records, me.name, workspace.Workspace(me, "no NVLink"))
+    said = explain(group=rank)
+    assert (said.path, said.reason, said.launches) == ("unfused", "no NVLink", 1)
+
+    rules = plan.make_rules(
+        ranks=4, multiprocessors=132, compute_capability=(9, 0), max_cluster=8, shared_device=False
+    )
+    fused = workspace.Workspace(me, "all is well", rules=rules)
+    fused.fused, fused._native = True, Native()
+    monkeypatch.setitem(workspace._records, me.name, fused)
+    said = explain(group=rank)
+    shape = _C.choose(rules, 64, 5376 * 2 // 16)
+    assert (said.path, said.launches, said.threads) == ("one_shot", 1, shape["threads"])
+    assert said.blocks == shape["teams"] * shape["blocks_a_team"] > 0
+    assert "4 rank(s): one_shot [1 launch, " in str(said)
+    assert explain(98, group=rank).launches == 2  # 97 rows fit
+    assert explain(0, group=rank).launches == 0
+    fused._native = None
+    fused.close()
+
+
+def test_local_groups_need_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(WorkspaceError, match="local_group: a CUDA GPU is required"):
+        gemma_ar_norm.local_group(2)
+    for n, error in ((1, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match=r"^n: "):
+            gemma_ar_norm.local_group(n)
+    with pytest.raises(ValueError, match="hidden_size: a multiple of 8"):
+        gemma_ar_norm.local_group(2, hidden_size=12)

@@ -1,0 +1,245 @@
+"""What ranks agree on, and a workspace's life, in one process. (Several: test_processes.py.)"""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import asdict, replace
+from unittest import mock
+
+import pytest
+import torch
+from fakes import FakeNative, FakeWorkspace, fake_native
+
+import gemma_ar_norm
+from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, workspace
+from gemma_ar_norm.groups import Group
+from gemma_ar_norm.workspace import Facts, Workspace, verdict
+
+RANKS = [
+    Facts(
+        version="1.0",
+        protocol=1,
+        hidden_size=8192,
+        max_rows=256,
+        dtype="torch.bfloat16",
+        timeout_s=30.0,
+        host="node/boot",
+        pid=100 + rank,
+        device=rank,
+        uuid=f"gpu{rank}",
+        compute_capability=(9, 0),
+        multiprocessors=132,
+        max_cluster=8,
+    )
+    for rank in range(9)
+]
+ACCESS = [[""] * 3] * 3
+
+
+def changed(rank: int, **changes) -> list[Facts]:
+    facts = list(RANKS[:3])
+    facts[rank] = replace(facts[rank], **changes)
+    return facts
+
+
+def test_verdict_fused():
+    for ranks in range(2, 9):
+        found = verdict(RANKS[:ranks], [[""] * ranks] * ranks)
+        assert (found.fused, found.error) == (True, None)
+        assert found.reason == f"{ranks} ranks of one host reach each other's memory"
+    # Several ranks may share a GPU, and GPUs may differ.
+    assert verdict(changed(1, uuid="gpu0"), ACCESS).fused
+    assert verdict(changed(1, compute_capability=(8, 6), multiprocessors=84), ACCESS).fused
+
+
+UNFUSED = {
+    "one rank": (RANKS[:1], None, "one rank: there is nothing to reduce"),
+    "nine ranks": (RANKS, None, "9 ranks: the fused kernels take 8 at most"),
+    "no GPU": (changed(1, no_gpu="torch sees none"), None, "rank 1 has no GPU: torch sees none"),
+    "hosts": (changed(2, host="other/b"), None, "ranks 0 and 2 are on different hosts (node and o"),
+    "same name": (changed(2, host="node/b"), None, "ranks 0 and 2 are on different hosts (node"),
+    "old GPU": (changed(0, compute_capability=(7, 5)), None, "rank 0 has compute capability 7.5; "),
+    "threads": (changed(2, pid=100), None, "ranks 0 and 2 are one process; local_group()"),
+    "no access": (RANKS[:3], [["", "", ""], ["no NVLink", "", ""], ["", "far", ""]],
+                  "the GPU of rank 1 does not reach that of rank 0: no NVLink"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_verdict_unfused(name):
+    facts, access, words = UNFUSED[name]
+    found = verdict(facts, access)
+    assert (found.fused, found.error) == (False, None)
+    assert words in found.reason
+
+
+ERRORS = {
+    "version": ({"version": "2.0"}, WorkspaceError, "version: .*'1.0' on rank 0 and '2.0' on rank"),
+    "protocol": (
+        {"protocol": 2},
+        WorkspaceError,
+        "protocol: .* 1 on rank 0 and 2 on rank 1; insta",
+    ),
+    "cannot": ({"error": "memory: none"}, WorkspaceError, "^rank 1: memory: none"),
+    "wrong": ({"error": "max_rows: 0", "error_type": "ValueError"}, ValueError, "rank 1: max_rows"),
+    "type": ({"error": "max_rows: x", "error_type": "TypeError"}, TypeError, "rank 1: max_rows"),
+    "odd type": ({"error": "x", "error_type": "SystemExit"}, WorkspaceError, "rank 1: x"),
+    "hidden_size": ({"hidden_size": 64}, ValueError, "hidden_size: the same on all ranks.*8192 on"),
+    "max_rows": ({"max_rows": 64}, ValueError, "max_rows: .* 256 on rank 0 and 64 on rank 1; call"),
+    "dtype": ({"dtype": "torch.float16"}, ValueError, "dtype: .*'torch.bfloat16' on rank 0"),
+    "timeout_s": ({"timeout_s": 1.0}, ValueError, "timeout_s: .* 30.0 on rank 0 and 1.0 on rank 1"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_verdict_error(name):
+    changes, kind, words = ERRORS[name]
+    # Of several findings an error comes first, also where the ranks could not be fused anyway.
+    for facts in (changed(1, **changes), changed(1, **changes, no_gpu="none")):
+        found = verdict(facts)
+        assert not found.fused
+        assert type(found.error) is kind
+        with pytest.raises(kind, match=words):
+            raise found.error
+
+
+def test_the_lowest_rank_is_named():
+    facts = changed(1, error="one")
+    facts[2] = replace(facts[2], error="two")
+    assert str(verdict(facts).error) == "rank 1: one"
+
+
+def test_facts_of_another_build_are_read_as_far_as_they_go():
+    assert Facts.of({**asdict(RANKS[0]), "news": 1}) == RANKS[0]
+    assert Facts.of({**asdict(RANKS[0]), "compute_capability": [9, 0]}) == RANKS[0]
+    assert "version" in str(verdict([RANKS[0], Facts.of({})]).error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"hidden_size": 100}, ValueError, "hidden_size: a multiple of 8 from 8 to 16384.*got 100"),
+        ({"hidden_size": 16392}, ValueError, "hidden_size: .* got 16392"),
+        ({"hidden_size": 8192.0}, TypeError, "hidden_size: an int is required; got float"),
+        ({"max_rows": 0}, ValueError, "max_rows: from 1 to .* got 0"),
+        ({"max_rows": True}, TypeError, "max_rows: an int is required; got bool"),
+        ({"dtype": torch.float64}, TypeError, "dtype: bfloat16, float16 or float32.*got float64"),
+        ({"dtype": "bf16"}, TypeError, "dtype: a torch.dtype is required; got str"),
+        ({"timeout_s": 0}, ValueError, "timeout_s: more than 0 and at most 86400 .*got 0"),
+        ({"timeout_s": float("inf")}, ValueError, "timeout_s: .* got inf"),
+        ({"timeout_s": float("nan")}, ValueError, "timeout_s: .* got nan"),
+        ({"timeout_s": "30"}, TypeError, "timeout_s: a number is required; got str"),
+    ],
+)
+def test_arguments_of_init(arguments, error, words):
+    with pytest.raises(error, match=words):
+        gemma_ar_norm.init(**arguments)
+    assert workspace.find("") is None
+
+
+def test_one_rank_has_no_use_for_a_workspace():
+    with gemma_ar_norm.init() as made:
+        assert (made.fused, made.ranks, made.inbox_bytes) == (False, 1, 0)
+        assert made.reason == "one rank: there is nothing to reduce"
+        assert workspace.find("") is made
+        made.check()
+        gemma_ar_norm.check()
+        assert "unfused: one rank" in repr(made)
+    assert made.closed
+    assert "closed" in repr(made)
+    assert workspace.find("") is None
+    for function in (gemma_ar_norm.check, gemma_ar_norm.synchronize, gemma_ar_norm.close):
+        function()
+
+
+# ---------------------------------------------------------------------------------------- its life
+
+
+def make(native: FakeNative, name: str = "g") -> tuple[Workspace, FakeWorkspace]:
+    inner = native.Workspace(0, 0, 2, 4096, 1, [])
+    made = Workspace(Group(name, 0, 2), "test", inner)
+    workspace._register(made)
+    return made, inner
+
+
+def test_a_workspace_is_kept_until_it_is_closed():
+    with fake_native() as native:
+        made, inner = make(native)
+        del made
+        gc.collect()
+        assert not inner.closed
+        workspace.find("g").close()
+        assert inner.closed
+        assert native.registered == {}
+
+
+def test_a_workspace_that_nobody_has_any_more_is_released():
+    with fake_native() as native:
+        made, inner = make(native)
+        del workspace._records["g"]
+        del made
+        gc.collect()
+        assert inner.closed
+
+
+def test_inside_a_capture_the_release_waits():
+    with fake_native() as native:
+        made, inner = make(native)
+        with mock.patch.object(workspace, "is_capturing", return_value=True):
+            made.close()
+        assert native.registered == {}  # at once: no call finds it
+        assert not inner.closed
+        workspace._release_postponed()
+        assert inner.closed
+
+
+def test_errors_of_a_release_are_nobodys():
+    with fake_native() as native:
+        made, inner = make(native)
+        inner.close = mock.Mock(side_effect=RuntimeError("the driver is shutting down"))
+        made.close()
+        made.close()
+        inner.close.assert_called_once()
+
+
+def test_a_forked_child_leaves_the_parents_gpu_alone():
+    with fake_native() as native:
+        made, inner = make(native)
+        child = os.getpid() + 1
+        with mock.patch.object(os, "getpid", return_value=child):
+            made.close()
+        assert not inner.closed
+
+
+def test_generations_count_for_each_name():
+    with fake_native() as native:
+        seen = []
+        for name in ("a", "b", "a"):
+            made, _ = make(native, name)
+            seen.append(made.generation)
+            made.close()
+        assert seen[1] == 1
+        assert seen[2] == seen[0] + 1
+
+
+def test_check_names_the_peer():
+    with fake_native() as native:
+        made, inner = make(native)
+        made.check()
+        inner.failed = (1, 7, 0)
+        with pytest.raises(PeerTimeoutError, match="rank 1: its rows of call 7 on group 'g'"):
+            made.synchronize()
+        made.close()
+        made.check()
+
+
+def test_a_local_rank_cannot_be_initialised():
+    class Rank:
+        rank, group_name = 0, groups.LOCAL_PREFIX + "9.0"
+
+        def size(self):
+            return 2
+
+    with pytest.raises(ValueError, match="group: a process group is required; got 'gemma_ar_norm"):
+        gemma_ar_norm.init(Rank())

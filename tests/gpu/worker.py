@@ -1,0 +1,727 @@
+"""One rank of the tests by processes: runs a list of cases and writes what it found.
+
+    python tests/gpu/worker.py DIRECTORY [CASE ...]     (started by processes.py)
+
+Every rank writes DIRECTORY/rank<r>.jsonl, a line a case: {"case", "failures", "seconds"}. A wrong
+value does not end a case, so that all ranks go on making the same calls; an exception on any rank
+ends the run after that case. It runs on the CPU too, where a graph is a function called again: that
+is how the cases themselves are tried without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import random
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import checks
+import torch
+import torch.distributed as dist
+from checks import Case
+from torch import Tensor
+
+import gemma_ar_norm
+from gemma_ar_norm import groups, launcher
+
+BF16, FP16, FP32 = checks.DTYPES
+ROWS = (1, 4, 8, 15, 64, 127, 128, 256, 333, 998, 1024, 2048)
+HIDDENS = (640, 1024, 1152, 2048, 2304, 2880, 3584, 4096, 5120, 5376, 7168, 8192, 16384)
+# Of all ranks' inputs together. Every rank makes them all, on its CPU.
+MAX_ELEMENTS = 17_000_000
+SMALL_ELEMENTS = 300_000  # on the CPU
+
+TIMEOUT_S = 20.0
+REPLAYS = 20
+
+CASES: dict[str, Callable[[Ranks], None]] = {}
+MIN_WORLD: dict[str, int] = {}
+APART = ("deadline", "a_rank_that_raises")  # each ends its group, so each is a run of its own
+
+
+def case(function=None, *, world: int = 2):
+    """Registers a case for runs with so many ranks or more."""
+    if function is None:
+        return lambda f: case(f, world=world)
+    CASES[function.__name__] = function
+    MIN_WORLD[function.__name__] = world
+    return function
+
+
+def cases_of(world: int) -> list[str]:
+    """The names of the cases that one run of so many ranks has."""
+    return [name for name in CASES if MIN_WORLD[name] <= world and name not in APART]
+
+
+# ------------------------------------------------------------------------------------ what they use
+
+
+@dataclass
+class Ranks:
+    """This rank among the others, its calls, and what it found wrong."""
+
+    rank: int
+    world: int
+    device: torch.device
+    failures: list[str]
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    # ---- inputs
+
+    def case(
+        self, rows: int, hidden: int, dtype=BF16, form="residual", *, seed, ranks=0, **options
+    ):
+        """The same case on every rank: made on the CPU, because a GPU's random numbers depend on
+        how many multiprocessors a process may use."""
+        made = checks.make_case(
+            ranks or self.world, rows, hidden, dtype, form, seed=seed, **options
+        )
+        return self.to_device(made)
+
+    def to_device(self, made: Case) -> Case:
+        moved = {
+            name: None if getattr(made, name) is None else getattr(made, name).to(self.device)
+            for name in ("weight", "residual", "post_weight")
+        }
+        return replace(made, xs=[x.to(self.device) for x in made.xs], **moved)
+
+    # ---- calls
+
+    def call(self, made: Case, *, rank: int | None = None, **options: Any) -> tuple[Tensor, Tensor]:
+        x = made.xs[self.rank if rank is None else rank]
+        return gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+            x, made.weight, **{**made.options, **options}
+        )
+
+    def synchronize(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    # ---- checks: they note what is wrong and go on
+
+    def expect(self, condition: bool, what: object) -> None:
+        if not condition:
+            self.failures.append(str(what)[:2000])
+
+    def expect_result(self, made: Case, outputs: Sequence[Tensor], what: str = "") -> None:
+        """Both outputs have the contract's bits, and lie within the promised ulps of float64."""
+        self.expect_bits(made, outputs, what)
+        if outputs[0].shape == made.xs[0].shape:
+            self._noted(checks.assert_near_float64, made, *outputs)
+
+    def expect_bits(self, made: Case, outputs: Sequence[Tensor], what: str = "") -> None:
+        for name, got, want in zip(
+            ("norm_out", "residual_out"), outputs, made.expected(), strict=True
+        ):
+            self._noted(checks.assert_bit_equal, got, want, f"{what} {name} of {made}")
+
+    def expect_close(
+        self, made: Case, outputs: Sequence[Tensor], relative: float, what: str
+    ) -> None:
+        for name, got, want in zip(
+            ("norm_out", "residual_out"), outputs, made.expected(), strict=True
+        ):
+            error = ((got.double() - want.double()).norm() / want.double().norm()).item()
+            self.expect(error <= relative, f"{what}: {name} is {error:.2e} off; {made}")
+
+    def expect_equal_everywhere(self, digest: Digest, what: str = "", group=None) -> None:
+        """Collective. Every rank of the group put the same bits into its digest."""
+        found = groups.all_gather_json(groups.resolve(group), digest.text())
+        self.expect(len(set(found)) == 1, f"{what}: ranks have different bits: {found}")
+
+    @contextmanager
+    def expect_raises(self, kind: type[Exception], *words: str) -> Iterator[list[Exception]]:
+        """The block raises this, and the message has these words."""
+        caught: list[Exception] = []
+        try:
+            yield caught
+        except kind as error:
+            caught.append(error)
+            for word in words:
+                self.expect(word in str(error), f"{word!r} is not in {str(error)!r}")
+        else:
+            self.expect(False, f"no {kind.__name__} was raised")
+
+    def _noted(self, check: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            check(*arguments)
+        except AssertionError as error:
+            self.expect(False, error)
+
+
+class Digest:
+    """The bits of many tensors, every NaN the same."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            plain = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+            plain = plain.detach().cpu().contiguous()
+            size = plain.numel() * plain.element_size()
+            self._hash.update(ctypes.string_at(plain.data_ptr(), size) if size else b"")
+
+    def text(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Graph:
+    """A captured function, and its outputs, which every replay writes."""
+
+    def __init__(self, ranks: Ranks, calls: Callable[[], list[Tensor]]) -> None:
+        self._calls = calls
+        self._graph = torch.cuda.CUDAGraph() if ranks.gpu else None
+        # gloo's and NCCL's threads may call CUDA meanwhile.
+        mode = {"capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self._graph, **mode) if self._graph else nullcontext():
+            self.outputs = calls()
+
+    def replay(self) -> None:
+        """With the outputs poisoned before."""
+        for output in self.outputs:
+            output.fill_(77.0)
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            for output, new in zip(self.outputs, self._calls(), strict=True):
+                output.copy_(new)
+
+
+def refill(old: Case, new: Case) -> None:
+    """The new case's values in the old one's memory, which a graph has captured."""
+    pairs = [*zip(old.xs, new.xs, strict=True), (old.weight, new.weight)]
+    pairs += [(old.residual, new.residual), (old.post_weight, new.post_weight)]
+    for into, values in pairs:
+        if into is not None:
+            into.copy_(values)
+
+
+# --------------------------------------------------------------------------------------- the cases
+
+
+def matrix(world: int, max_elements: int = MAX_ELEMENTS) -> list[dict[str, Any]]:
+    """Arguments of make_case: every number of rows and every hidden size at least once, and the
+    other choices spread over them, differently for each number of ranks."""
+    rng = random.Random(world)
+    chosen = []
+    for i in range(2 * len(HIDDENS)):
+        rows, hidden = ROWS[i % len(ROWS)], HIDDENS[(i + world) % len(HIDDENS)]
+        limit = max_elements // world
+        if i < len(HIDDENS):  # this round keeps the hidden size, the second the number of rows
+            rows = max([r for r in ROWS if r <= rows and r * hidden <= limit], default=1)
+        else:
+            hidden = max([h for h in HIDDENS if h <= hidden and rows * h <= limit], default=640)
+        dtype = rng.choice(checks.DTYPES)
+        chosen.append(
+            {
+                "rows": rows,
+                "hidden": hidden,
+                "dtype": dtype,
+                "form": checks.FORMS[i % 3],
+                "weight_dtype": rng.choice((dtype, FP32)),
+                "weight_std": rng.choice((0.1, 1.0)),
+                "weight_bias": rng.choice((0.0, 1.0)),
+                "eps": rng.choice((1e-6, 1e-5)),
+                "seed": rng.randrange(1 << 32),
+            }
+        )
+    return chosen
+
+
+@case
+def shapes_dtypes_and_forms(ranks: Ranks) -> None:
+    digest = Digest()
+    for options in matrix(ranks.world, MAX_ELEMENTS if ranks.gpu else SMALL_ELEMENTS):
+        made = ranks.case(**options)
+        outputs = ranks.call(made)
+        ranks.expect_result(made, outputs)
+        digest.add(*outputs)
+    ranks.expect_equal_everywhere(digest)
+
+
+@case
+def rows_that_change_every_call(ranks: Ranks) -> None:
+    digest, results = Digest(), []
+    for i, rows in enumerate((1, 16, 1, 96, 1, 0, 2, 0, 96, 1)):
+        made = ranks.case(rows, 2880, seed=i, form=checks.FORMS[i % 3])
+        results.append((made, ranks.call(made)))  # nothing waits between the calls
+    for made, outputs in results:
+        ranks.expect_result(made, outputs)
+        digest.add(*outputs)
+    ranks.expect_equal_everywhere(digest)
+
+
+@case
+def fewer_rows_than_ranks(ranks: Ranks) -> None:
+    for rows in range(ranks.world + 2):
+        for form in checks.FORMS:
+            made = ranks.case(rows, 1152, FP16, form, seed=rows)
+            outputs = ranks.call(made)
+            ranks.expect(outputs[0].shape == (rows, 1152), f"shape {tuple(outputs[0].shape)}")
+            ranks.expect_result(made, outputs)
+
+
+@case
+def leading_dimensions(ranks: Ranks) -> None:
+    made = ranks.case(24, 640, seed=5)
+    x, residual = (v.view(2, 3, 4, 640) for v in (made.xs[ranks.rank], made.residual))
+    outputs = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, made.weight, residual)
+    ranks.expect(outputs[0].shape == outputs[1].shape == x.shape, outputs[0].shape)
+    ranks.expect_result(made, [output.reshape(24, 640) for output in outputs])
+    one_row = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+        made.xs[ranks.rank][3], made.weight, made.residual[3]
+    )
+    ranks.expect(one_row[0].shape == (640,), one_row[0].shape)
+    for one, many in zip(
+        one_row, outputs, strict=True
+    ):  # the number of rows does not change a row's bits
+        ranks._noted(checks.assert_bit_equal, one, many.reshape(24, 640)[3], "one row of 24")
+
+
+@case
+def residuals_that_differ(ranks: Ranks) -> None:
+    for i, form in enumerate(("residual", "sandwich")):
+        made = ranks.case(33, 2304, form=form, seed=i)
+        residual = checks.make_case(1, 33, 2304, BF16, seed=100 + ranks.rank).residual
+        own = replace(made, residual=residual.to(ranks.device))
+        ranks.expect_result(own, ranks.call(own))
+
+
+@case
+def weights_in_fp32(ranks: Ranks) -> None:
+    for i, dtype in enumerate((BF16, FP16)):
+        for std in (0.001, 1.0):  # 1 + 0.001 is 1 in bf16
+            made = ranks.case(9, 5376, dtype, "sandwich", seed=i, weight_dtype=FP32, weight_std=std)
+            ranks.expect_result(made, ranks.call(made))
+
+
+@case
+def two_hidden_sizes_and_dtypes_on_one_workspace(ranks: Ranks) -> None:
+    generation = gemma_ar_norm.init(timeout_s=TIMEOUT_S).generation
+    results = []
+    for i in range(12):
+        hidden, dtype = (5376, 1152, 16384)[i % 3], checks.DTYPES[i // 2 % 3]
+        made = ranks.case((7, 64)[i % 2], hidden, dtype, checks.FORMS[i // 3 % 3], seed=i)
+        results.append((made, ranks.call(made)))
+    for made, outputs in results:
+        ranks.expect_result(made, outputs)
+    again = gemma_ar_norm.init(timeout_s=TIMEOUT_S)
+    ranks.expect(again.generation == generation + 1, f"generation {again.generation}")
+    ranks.expect(again.fused == ranks.gpu, again.reason)
+
+
+@case
+def special_values(ranks: Ranks) -> None:
+    """NaN words 0xFFFFFFFF, -0.0, infinities, subnormals, sums and squares out of range."""
+    digest = Digest()
+    for i, special in enumerate((*checks.SPECIALS, "mixed")):
+        for dtype in checks.DTYPES:
+            for form in checks.FORMS:
+                made = ranks.case(11, 1024, dtype, form, seed=i, special=special, eps=1e-5)
+                outputs = ranks.call(made)
+                ranks.expect_result(made, outputs, special)
+                digest.add(*outputs)
+    ranks.expect_equal_everywhere(digest)
+
+
+@case
+def out_may_alias(ranks: Ranks) -> None:
+    names = ("separate", "residual", "residual swapped", "x", "x and residual")
+    for i, alias in enumerate(names):
+        for form in ("residual", "sandwich"):
+            made = ranks.case(40, 3584, form=form, seed=i)
+            expected = made.expected()
+            x, residual = made.xs[ranks.rank].clone(), made.residual.clone()
+            new = checks.poisoned_like(x)
+            out = {
+                "separate": (new, checks.poisoned_like(x)),
+                "residual": (new, residual),
+                "residual swapped": (residual, new),
+                "x": (x, new),
+                "x and residual": (x, residual),
+            }[alias]
+            got = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+                x, made.weight, **{**made.options, "residual": residual}, out=out
+            )
+            for result, written, want in zip(got, out, expected, strict=True):
+                ranks.expect(
+                    result.data_ptr() == written.data_ptr(), "out= is not what is returned"
+                )
+                ranks._noted(checks.assert_bit_equal, written, want, f"out aliases {alias}, {made}")
+            if alias == "separate":
+                ranks._noted(checks.assert_bit_equal, x, made.xs[ranks.rank], "x was changed")
+                ranks._noted(checks.assert_bit_equal, residual, made.residual, "residual changed")
+
+
+@case
+def strided_and_misaligned_inputs(ranks: Ranks) -> None:
+    def every_second(v: Tensor) -> Tensor:
+        return torch.stack([v, torch.full_like(v, 9.0)], dim=-1)[..., 0]
+
+    def wide_rows(v: Tensor) -> Tensor:
+        return torch.cat([v, torch.full_like(v, 9.0)], dim=-1)[..., : v.shape[-1]]
+
+    def misaligned(v: Tensor) -> Tensor:
+        flat = torch.cat([v.new_full((1,), 9.0), v.reshape(-1)])
+        return flat[1:].view(v.shape)
+
+    layouts = (every_second, wide_rows, misaligned)
+    for i, layout in enumerate(layouts):
+        made = ranks.case(19, 2048, form="sandwich", seed=i)
+        moved = replace(
+            made,
+            xs=[layout(x) for x in made.xs],
+            residual=layouts[(i + 1) % 3](made.residual),
+            weight=layouts[(i + 2) % 3](made.weight),
+            post_weight=layout(made.post_weight),
+        )
+        ranks.expect_result(made, ranks.call(moved), layout.__name__)
+
+
+@case
+def larger_than_the_workspace(ranks: Ranks) -> None:
+    group = dist.new_group(list(range(ranks.world)))
+    with gemma_ar_norm.init(
+        group, hidden_size=1024, max_rows=1, dtype=BF16, timeout_s=TIMEOUT_S
+    ) as workspace:
+        if ranks.gpu:
+            ranks.expect(workspace.inbox_bytes == 2 << 20, f"{workspace.inbox_bytes} bytes")
+        for i, (rows, hidden, dtype) in enumerate(
+            ((700, 5376, BF16), (3, 16384, FP32), (333, 16384, FP16), (1, 1024, BF16))
+        ):
+            made = ranks.case(
+                rows if ranks.gpu else min(rows, 12), hidden, dtype, checks.FORMS[i % 3], seed=i
+            )
+            ranks.expect_result(made, ranks.call(made, group=group))
+    dist.destroy_process_group(group)
+
+
+@case(world=3)
+def subgroups(ranks: Ranks) -> None:
+    """Neighbours and every second rank, and between their calls those of the whole group."""
+    half = ranks.world // 2
+    blocks = [list(range(half)), list(range(half, ranks.world))]
+    stripes = [list(range(0, ranks.world, 2)), list(range(1, ranks.world, 2))]
+    mine = []
+    for members in (*blocks, *stripes):
+        group = dist.new_group(members)  # collective on all ranks, also on those outside
+        if ranks.rank in members:
+            mine.append((group, members))
+    for group, _ in mine:
+        gemma_ar_norm.init(group, hidden_size=4096, max_rows=32, timeout_s=TIMEOUT_S)
+    for i in range(6):
+        for group, members in mine:
+            made = ranks.case(5 + i, 4096, seed=100 * members[0] + i, ranks=len(members))
+            outputs = ranks.call(made, group=group, rank=members.index(ranks.rank))
+            ranks.expect_result(made, outputs, f"ranks {members}")
+            digest = Digest()
+            digest.add(*outputs)
+            ranks.expect_equal_everywhere(digest, f"ranks {members}", group)
+        made = ranks.case(6 - i, 4096, seed=i)
+        ranks.expect_result(made, ranks.call(made), "all ranks")
+    for group, _ in mine:
+        dist.destroy_process_group(group)
+
+
+@case
+def several_streams(ranks: Ranks) -> None:
+    """Eager calls from two streams in turn; nothing of the test's own puts them in order."""
+    streams = [torch.cuda.Stream() for _ in range(2)] if ranks.gpu else [None, None]
+    results = [ranks.case(1 + 13 * (i % 3), 2048, seed=i) for i in range(10)]
+    ranks.synchronize()
+    outputs = []
+    for i, made in enumerate(results):
+        with torch.cuda.stream(streams[i % 2]) if ranks.gpu else nullcontext():
+            outputs.append(ranks.call(made))
+    ranks.synchronize()
+    for made, output in zip(results, outputs, strict=True):
+        ranks.expect_result(made, output)
+
+
+# ---- graphs
+
+
+@case
+def graph_of_dependent_calls(ranks: Ranks) -> None:
+    """Four calls, the residual of each from the one before; all inputs new in every replay."""
+    for form, dtype, rows in (("residual", BF16, 16), ("sandwich", FP16, 3)):
+        layers = [ranks.case(rows, 4096, dtype, form, seed=i) for i in range(4)]
+        ranks.call(layers[0])
+
+        def calls(layers=layers) -> list[Tensor]:
+            outputs, residual = [], layers[0].residual
+            for layer in layers:
+                norm_out, residual = ranks.call(layer, residual=residual)
+                outputs += [norm_out, residual]
+            return outputs
+
+        graph = Graph(ranks, calls)
+        digest = Digest()
+        for replay in range(REPLAYS):
+            for i, layer in enumerate(layers):
+                refill(layer, ranks.case(rows, 4096, dtype, form, seed=1000 * replay + i))
+            graph.replay()
+            residual = layers[0].residual
+            for i, layer in enumerate(layers):
+                got = graph.outputs[2 * i : 2 * i + 2]
+                ranks.expect_result(replace(layer, residual=residual), got, f"replay {replay}")
+                residual = got[1]
+            digest.add(*graph.outputs)
+        ranks.expect_equal_everywhere(digest, form)
+
+
+@case
+def graph_with_inputs_overwritten(ranks: Ranks) -> None:
+    """Calls of several sizes and dtypes in one graph; each input is overwritten right after its
+    call, so that a kernel which reads it late, or too early, is seen. Eager calls in between."""
+    sizes = ((1, 2048, BF16), (16, 1152, FP32), (1, 5376, BF16), (96, 2880, FP16), (1, 2048, BF16))
+    layers = [
+        ranks.case(rows, hidden, dtype, checks.FORMS[i % 3], seed=i)
+        for i, (rows, hidden, dtype) in enumerate(sizes)
+    ]
+    for layer in layers:
+        ranks.call(layer)
+    scratch = [layer.xs[ranks.rank].clone() for layer in layers]
+
+    def calls() -> list[Tensor]:
+        outputs: list[Tensor] = []
+        for layer, x in zip(layers, scratch, strict=True):
+            x.copy_(layer.xs[ranks.rank])
+            outputs += gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, layer.weight, **layer.options)
+            x.fill_(float("nan"))
+        return outputs
+
+    graph = Graph(ranks, calls)
+    for replay in range(REPLAYS):
+        for i, layer in enumerate(layers):
+            fresh = ranks.case(*sizes[i], checks.FORMS[i % 3], seed=1000 * replay + i, special=None)
+            refill(layer, fresh)
+        graph.replay()
+        for i, layer in enumerate(layers):
+            got = graph.outputs[2 * i : 2 * i + 2]
+            ranks.expect_bits(layer, got, f"replay {replay}")
+        if replay % 5 == 0:
+            ranks.expect_bits(layers[3], ranks.call(layers[3]), "eager between replays")
+
+
+@case
+def graph_whose_weight_changes(ranks: Ranks) -> None:
+    """Between replays, and by a kernel of the graph right before the call."""
+    made = ranks.case(4, 4096, form="sandwich", seed=1)
+    next_weight = made.weight.clone()
+    ranks.call(made)
+
+    def calls() -> list[Tensor]:
+        first = ranks.call(made)
+        made.weight.copy_(next_weight)
+        return [*first, *ranks.call(made)]
+
+    graph = Graph(ranks, calls)
+    for replay in range(REPLAYS):
+        fresh = ranks.case(4, 4096, form="sandwich", seed=10 * replay)
+        refill(made, fresh)
+        next_weight.copy_(ranks.case(4, 4096, seed=10 * replay + 1).weight)
+        graph.replay()
+        ranks.expect_bits(fresh, graph.outputs[:2], f"replay {replay}, first call")
+        updated = replace(fresh, weight=next_weight)
+        ranks.expect_bits(updated, graph.outputs[2:], f"replay {replay}, after the update")
+
+
+# ---- paths
+
+
+@case
+def the_unfused_path(ranks: Ranks) -> None:
+    """The group's own all-reduce, in whatever order it adds: close, no more."""
+    for i, (dtype, relative) in enumerate(((BF16, 3e-2), (FP16, 4e-3), (FP32, 1e-5))):
+        for form in checks.FORMS:
+            made = ranks.case(21, 2304, dtype, form, seed=i)
+            kept = made.xs[ranks.rank].clone()
+            outputs = ranks.call(made, algorithm="unfused")
+            ranks.expect_close(made, outputs, relative, f"unfused {dtype} {form}")
+            ranks._noted(checks.assert_bit_equal, made.xs[ranks.rank], kept, "x was changed")
+
+
+@case
+def torch_compile(ranks: Ranks) -> None:
+    """One graph for all numbers of rows, without a break."""
+    weights = [ranks.case(1, 1024, seed=i).weight for i in range(2)]
+
+    def block(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        norm_out, residual = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+            x + 1, weights[0], residual
+        )
+        return gemma_ar_norm.fused_allreduce_gemma_rmsnorm(norm_out * 2, weights[1], residual)
+
+    # Inductor once: it takes a while to start.
+    backend = "inductor" if ranks.gpu and ranks.world == 2 else "aot_eager"
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
+    torch._dynamo.reset()
+    for i, rows in enumerate((4, 16, 7, 96, 4)):
+        made = ranks.case(rows, 1024, seed=i)
+        dist.barrier()  # compiling takes longer than a call may wait
+        outputs = compiled(made.xs[ranks.rank], made.residual)
+        first = replace(made, xs=[x + 1 for x in made.xs], weight=weights[0])
+        norm_out, residual = first.expected()
+        second = replace(
+            made, xs=[norm_out * 2] * ranks.world, weight=weights[1], residual=residual
+        )
+        ranks.expect_bits(second, outputs, f"compiled, {rows} rows")
+
+
+@case
+def opcheck(ranks: Ranks) -> None:
+    name = groups.name_of(None)
+    op = torch.ops.gemma_ar_norm.fused_allreduce_rmsnorm
+    for form in checks.FORMS:
+        made = ranks.case(6, 640, form=form, seed=3)
+        x = made.xs[ranks.rank]
+        arguments = (x, made.weight, made.residual, made.post_weight, 1e-6, 1.0, name, "auto")
+        torch.library.opcheck(op.default, arguments)
+        out = {"norm_out": torch.empty_like(x), "residual_out": torch.empty_like(x)}
+        torch.library.opcheck(op.out, arguments, out)
+
+
+@case
+def a_workspace_made_by_the_first_call(ranks: Ranks) -> None:
+    group = dist.new_group(list(range(ranks.world)))
+    made = ranks.case(2, 640, seed=1)
+    if ranks.gpu:
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ranks.expect_raises(RuntimeError, "capture", "init"),
+        ):
+            ranks.call(made, group=group)
+        del graph
+        ranks.synchronize()
+    ranks.expect_result(made, ranks.call(made, group=group), "after the refusal")
+    said = gemma_ar_norm.explain(2, 640, BF16, group=group, device=ranks.device)
+    ranks.expect(said.path not in ("undecided", ""), f"explain() says {said}")
+    dist.destroy_process_group(group)
+
+
+@case
+def closed_and_made_again(ranks: Ranks) -> None:
+    group = dist.new_group(list(range(ranks.world)))
+    made = ranks.case(5, 1024, seed=2)
+    for size in (1, 64, 8):
+        workspace = gemma_ar_norm.init(group, max_rows=size, timeout_s=TIMEOUT_S)
+        ranks.expect_result(made, ranks.call(made, group=group), f"max_rows={size}")
+        if size != 64:  # otherwise the next init replaces it
+            workspace.close()
+            workspace.close()
+    ranks.expect_result(made, ranks.call(made, group=group), "made by the call after close()")
+    dist.destroy_process_group(group)
+
+
+# ---- runs of their own
+
+
+@case(world=3)
+def deadline(ranks: Ranks) -> None:
+    """The last rank does not call. The others learn who is missing, in time, and can go on."""
+    group = dist.new_group(list(range(ranks.world)))
+    made = ranks.case(5, 1024, seed=1)
+    ranks.call(made)  # with the default time, for a kernel may be loaded by its first call
+    ranks.synchronize()
+    gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=0.5)
+    ranks.expect_result(made, ranks.call(made, group=group), "before")
+    ranks.synchronize()
+    dist.barrier()
+
+    absent = ranks.world - 1
+    if ranks.rank != absent:
+        out = tuple(checks.poisoned_like(made.residual) for _ in range(2))
+        start = time.monotonic()
+        ranks.call(made, group=group, out=out)
+        ranks.synchronize()
+        took = time.monotonic() - start
+        ranks.expect(0.3 < took < 2.5, f"the call took {took:.2f} s")
+        ranks.expect(all(bool(o.isnan().all()) for o in out), "outputs are not NaN")
+        for _ in range(2):
+            start = time.monotonic()
+            with ranks.expect_raises(gemma_ar_norm.PeerTimeoutError) as caught:
+                ranks.call(made, group=group)
+            ranks.expect(time.monotonic() - start < 0.2, "a later call waited")
+            for error in caught:
+                ranks.expect(error.peer == absent, f"peer {error.peer} is named; {absent} was it")
+                ranks.expect(str(absent) in str(error), f"the message names nobody: {error}")
+    dist.barrier()
+
+    total = torch.ones(1000, device=ranks.device).sum().item()
+    ranks.expect(total == 1000, f"the context does not work: {total}")
+    gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=TIMEOUT_S)
+    ranks.expect_result(made, ranks.call(made, group=group), "after a new init")
+
+
+@case
+def a_rank_that_raises(ranks: Ranks) -> None:
+    """Its process ends in a traceback and not in a hang, with a workspace open."""
+    made = ranks.case(3, 1024, seed=1)
+    ranks.expect_result(made, ranks.call(made))
+    ranks.synchronize()
+    dist.barrier()
+    if ranks.rank == 1:
+        raise ZeroDivisionError("as the test wants it")
+
+
+# --------------------------------------------------------------------------------------------- main
+
+
+def run_case(name: str, ranks: Ranks) -> dict[str, Any]:
+    ranks.failures = []
+    start, raised = time.monotonic(), False
+    try:
+        CASES[name](ranks)
+        ranks.synchronize()
+    except Exception:
+        if name == "a_rank_that_raises":
+            raise
+        raised = True
+        ranks.failures.append(traceback.format_exc()[-4000:])
+    found = {"case": name, "failures": ranks.failures, "seconds": time.monotonic() - start}
+    return {**found, "raised": raised}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("cases", nargs="*")
+    options = parser.parse_args()
+
+    rank, world, device = launcher.init_from_env()
+    ranks = Ranks(rank, world, device, [])
+    workspace = gemma_ar_norm.init(hidden_size=8192, max_rows=256, timeout_s=TIMEOUT_S)
+    failed = False
+    with open(options.directory / f"rank{rank}.jsonl", "w", buffering=1) as results:
+        first = {"fused": workspace.fused, "reason": workspace.reason}
+        results.write(json.dumps(first) + "\n")
+        for name in options.cases or cases_of(world):
+            print(f"case {name}", flush=True)
+            found = run_case(name, ranks)
+            results.write(json.dumps(found) + "\n")
+            failed = failed or bool(found["failures"])
+            raised = torch.tensor([found["raised"]], dtype=torch.int32)
+            dist.all_reduce(raised)
+            if raised.item():
+                break
+    dist.destroy_process_group()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
