@@ -175,20 +175,34 @@ def _start_mps(env: Mapping[str, str]) -> str | None:
 
 
 def _stop_mps(env: Mapping[str, str]) -> None:
-    """Ends the daemon of these directories, if it was started, and with it its servers."""
+    """Ends the daemon of these directories, if it was started, and with it its servers; waits until
+    they are gone, because clients of the next daemon fail while a server of this one is there."""
     pid_file = Path(env["CUDA_MPS_PIPE_DIRECTORY"]) / f"{MPS_CONTROL}.pid"
     try:
-        pid = int(pid_file.read_text())
+        daemon = int(pid_file.read_text())
     except (OSError, ValueError):
-        pid = 0
-    if _tell_mps("quit", {**os.environ, **env}) is not None and pid > 1:
+        daemon = 0
+    everywhere = {**os.environ, **env}
+    servers, _ = _ask_mps("get_server_list", everywhere)
+    if _tell_mps("quit", everywhere) is not None and daemon > 1:
         # It does not answer. It is ours: the file lay in the directory made for it.
         with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGTERM)
+            os.kill(daemon, signal.SIGTERM)
+    there = [daemon, *(int(word) for word in servers.split() if word.isdigit())]
+    deadline = time.monotonic() + MPS_ANSWER_LIMIT_S
+    while any(pid > 1 and Path(f"/proc/{pid}").exists() for pid in there):
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.1)
 
 
 def _tell_mps(command: str, env: Mapping[str, str]) -> str | None:
     """Sends a command to the MPS daemon that env names; None, or in words why it did not answer."""
+    return _ask_mps(command, env)[1]
+
+
+def _ask_mps(command: str, env: Mapping[str, str]) -> tuple[str, str | None]:
+    """What the MPS daemon that env names says to a command, and None or why it did not answer."""
     try:
         answer = subprocess.run(
             [MPS_CONTROL],
@@ -200,11 +214,11 @@ def _tell_mps(command: str, env: Mapping[str, str]) -> str | None:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{MPS_CONTROL}: {error}"
+        return "", f"{MPS_CONTROL}: {error}"
     said = " ".join((answer.stderr + answer.stdout).split())
     if answer.returncode == 0 and "cannot find" not in said.lower():
-        return None
-    return f"{MPS_CONTROL} answered {answer.returncode} to {command}: {said[:200]}"
+        return answer.stdout, None
+    return "", f"{MPS_CONTROL} answered {answer.returncode} to {command}: {said[:200]}"
 
 
 # Makes a context on GPU 0 with the driver alone: a daemon may run and yet serve nobody.

@@ -1,7 +1,8 @@
 """The plan: which kernel a call takes, and in which shape.
 
-Made once for each workspace from values that all its ranks agreed on, so that every rank launches the same shape; looked up
-in C++ at every call (csrc/host/plan.h), so that a compiled graph has no guard on the number of rows. Pure: no torch, no GPU.
+Made once for each workspace from values that all its ranks agreed on, so that every rank launches
+the same shape; looked up in C++ at every call (csrc/host/plan.h), so that a compiled graph has no
+guard on the number of rows. Pure: no torch, no GPU.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ALGORITHMS = ("auto", "one_shot", "unfused")
-"""What `algorithm=` takes. "auto" follows the plan; "unfused" is the group's own all-reduce and our local norm."""
+"""What `algorithm=` takes. "auto" follows the plan; "unfused" is the group's own all-reduce and our
+local norm."""
 
 ONE_SHOT = 0
 """Algorithm::kOneShot of csrc/host/plan.h."""
@@ -17,8 +19,8 @@ ONE_SHOT = 0
 NO_LIMIT = 2**32 - 1
 
 MAX_THREADS = 512
-"""Of a block. Two such blocks fit on a multiprocessor, so that the next kernel starts early; longer rows take several packs
-a thread, or several blocks."""
+"""Of a block. Two such blocks fit on a multiprocessor, so that the next kernel starts early; longer
+rows take several packs a thread, or several blocks."""
 
 
 class Trigger:
@@ -30,7 +32,8 @@ class Trigger:
 
 
 class Rule(NamedTuple):
-    """The shape of calls up to a size. Of several rules the first that takes a call counts; the last takes every call."""
+    """The shape of calls up to a size. Of several rules the first that takes a call counts; the
+    last takes every call."""
 
     max_rows: int
     max_row_packs: int  # a pack is 16 bytes of a row
@@ -49,9 +52,9 @@ class TeamSize(NamedTuple):
     blocks: int
 
 
-# Measured with bench/streams on one H200 (132 SMs, 132/N a rank) on 2026-11-23: bf16, graphs of 20 calls, us a call, for 1, 2
-# and 4 blocks a row. Not measured with one rank a GPU.
-#   hidden 640, 1 row:      N=2 2.79 2.90 -             N=8 3.68 3.74 -          short rows: one block
+# Measured with bench/streams on one H200 (132 SMs, 132/N a rank) on 2026-11-23: bf16, graphs of 20
+# calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one rank a GPU.
+#   hidden 640, 1 row:      N=2 2.79 2.90 -             N=8 3.68 3.74 -
 #   hidden 4096, 1 row:     N=2 2.68 2.40 2.36          N=4 3.64 3.05 2.92       N=8 5.54 4.44 3.85
 #   hidden 4096, 8 rows:    N=2 3.24 2.94 2.67          N=4 4.39 3.70 3.59       N=8 6.19 5.71 5.62
 #   hidden 4096, 64 rows:   N=2 3.48 3.49 3.91          N=4 8.83 7.65 8.25       N=8 29.9 28.6 29.9
@@ -82,12 +85,14 @@ def make_rules(
 
     Args:
         ranks: 2 to 8.
-        multiprocessors: that every rank may fill with its blocks. Where `shared_device`, its share of them.
+        multiprocessors: that every rank may fill with its blocks. Where `shared_device`, its share
+        of them.
         compute_capability: the least of all ranks' GPUs.
         max_cluster: blocks a cluster can have on all of them; 1 where there are no clusters.
-        shared_device: several ranks run at the same time on one GPU that is not partitioned between them. Then kernels do
-            not start early: a rank's next kernel could take the place that another rank's present one needs, and both would
-            wait for ever.
+        shared_device: several ranks run at the same time on one GPU that is not partitioned between
+        them. Then kernels do
+            not start early: a rank's next kernel could take the place that another rank's present
+            one needs, and both would wait for ever.
     """
     starts_early = compute_capability >= (9, 0) and not shared_device
     return [

@@ -22,7 +22,7 @@ import socket
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -39,6 +39,9 @@ MAX_HIDDEN = 16384
 PACK_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
+MIN_SHARE_OF_CLUSTERS = 32
+"""Multiprocessors of a rank, where ranks share a GPU under MPS, from which on rows are split over
+clusters. With 14 of an H200's 132 (8 ranks) kernels of clusters were seen never to start."""
 
 DEFAULT_HIDDEN_SIZE = 8192
 DEFAULT_MAX_ROWS = 256
@@ -509,9 +512,12 @@ def _access(rank: int, facts: Sequence[Facts]) -> list[str]:
 
 def _rules(facts: Sequence[Facts]) -> Sequence[tuple[int, ...]]:
     """The launch plan, from what is equal on all ranks: the least that any of them has."""
+    multiprocessors = min(fact.multiprocessors for fact in facts)
+    if len({fact.uuid for fact in facts}) < len(facts) and multiprocessors < MIN_SHARE_OF_CLUSTERS:
+        facts = [replace(fact, max_cluster=1) for fact in facts]
     return plan.make_rules(
         ranks=len(facts),
-        multiprocessors=min(fact.multiprocessors for fact in facts),
+        multiprocessors=multiprocessors,
         compute_capability=min(fact.compute_capability for fact in facts),
         max_cluster=min(fact.max_cluster for fact in facts),
         shared_device=False,

@@ -2,8 +2,8 @@
 
     python bench/streams/run.py [options of streams, see the top of streams.cu]
 
-Needs nvcc and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute capability are asked of
-nvidia-smi and of streams itself.
+Needs nvcc and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute
+capability are asked of nvidia-smi and of streams itself.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ RANKS = range(2, 9)
 def load_plan():
     """plan.py alone: the package needs torch."""
     spec = importlib.util.spec_from_file_location("plan", ROOT / "gemma_ar_norm" / "plan.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     plan = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plan)
     return plan
 
 
 def build() -> Path:
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), "-DGAN_BUILD_PYTHON=OFF"]
-    subprocess.run([*configure, "-DGAN_BUILD_BENCH=ON"], check=True, stdout=subprocess.DEVNULL)
+    options = ["-DGAN_BUILD_PYTHON=OFF", "-DGAN_BUILD_BENCH=ON"]
+    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["cmake", "--build", str(BUILD)], check=True, stdout=subprocess.DEVNULL)
     return BUILD / "streams"
 
@@ -44,11 +46,12 @@ def compute_capability() -> tuple[int, int]:
 
 
 def write_rules(path: Path, streams: Path) -> None:
-    """The plan as it would be for one rank a GPU with as many SMs as a share has: with early start of kernels. The calls of
-    a run all have one shape, so that two of them fit into a share."""
+    """The plan as it would be for one rank a GPU with as many SMs as a share has: with early start
+    of kernels. The calls of a run all have one shape, so that two of them fit into a share."""
     plan = load_plan()
     capability = compute_capability()
-    multiprocessors = int(subprocess.run([streams, "--sms", "-"], check=True, capture_output=True).stdout)
+    sms = subprocess.run([streams, "--sms", "-"], check=True, capture_output=True).stdout
+    multiprocessors = int(sms)
     with path.open("w") as file:
         for ranks in RANKS:
             print("ranks", ranks, file=file)

@@ -3,12 +3,11 @@
 // floor: the residual add and norm alone, in the same share of the SMs. No torch, no Python.
 //
 //   streams [--ranks 2,4,8] [--hidden 4096] [--rows 1,8,64] [--form plain|residual|sandwich]
-//   [--teams 1,2,4,8]
-//           [--threads 512] [--trigger 0|1|2] [--rules FILE] [--sms -]
+//           [--teams 1,2,4,8] [--threads 512] [--trigger 0|1|2] [--rules FILE] [--sms -]
 //
-// --sms prints the number of multiprocessors and ends. A column for each number of blocks a team, and one for the plan with --rules
-// (bench/streams/run.py writes the file). Outputs of all columns must have the same bits, or the
-// program fails.
+// --sms prints the number of multiprocessors and ends. A column for each number of blocks a team,
+// and one for the plan with --rules (bench/streams/run.py writes the file). Outputs of all columns
+// must have the same bits, or the program fails.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 

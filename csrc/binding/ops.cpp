@@ -241,6 +241,10 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
   // Without rows there is nothing to do, on any rank: the protocol counts no such call.
   if (call.arguments.rows == 0) return;
   const int32_t device = x.get_device_index();
+  if (group_name.empty() && algorithm != "one_shot") {  // one rank
+    run_local(device, call.arguments, current_stream(device));
+    return;
+  }
   const std::shared_ptr<Workspace> workspace = unfused ? nullptr : find_workspace(group_name);
   if (workspace == nullptr) {
     call_slow_path(x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,

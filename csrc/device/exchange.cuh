@@ -158,29 +158,31 @@ GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pac
   const Pack out = sendable(own);
 #pragma unroll
   for (uint32_t i = 0; i < kRanks - 1; ++i) {
-    // Pairs with the load in poll_all of that peer.
+    // Pairs with the load in load_all of that peer.
     store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[i].push + offset), out);
   }
 }
 
-// One pack of every peer, in the order of areas, read once: true when all of them have arrived. All
-// loads are under way before the first is looked at; a condition on any of them would make them
-// wait for each other.
+// One pack of every peer, in the order of areas, as far as they have arrived. No load depends on
+// another or on what it brings: all are under way at once.
 template <uint32_t kRanks>
-GAN_DEVICE bool poll_all(const ExchangeParams& exchange, uint64_t offset,
+GAN_DEVICE void load_all(const ExchangeParams& exchange, uint64_t offset,
                          Pack (&from)[kRanks - 1]) {
 #pragma unroll
   for (uint32_t area = 0; area < kRanks - 1; ++area) {
     // Pairs with the store in push_to_all of the peer whose area it is.
     from[area] = load_relaxed_sys(reinterpret_cast<const Pack*>(exchange.peer[area].poll + offset));
   }
+}
+template <uint32_t kRanks>
+GAN_DEVICE bool all_full(const Pack (&from)[kRanks - 1]) {
   bool all = true;
 #pragma unroll
   for (uint32_t area = 0; area < kRanks - 1; ++area) all = all & is_full(from[area]);
   return all;
 }
 
-// What poll_all has read becomes empty again. Pairs with the pushes of call number + 2 into the
+// What load_all has read becomes empty again. Pairs with the pushes of call number + 2 into the
 // same place: see "Two stages are enough" above.
 template <uint32_t kRanks>
 GAN_DEVICE void clear_all(const ExchangeParams& exchange, uint64_t offset) {

@@ -270,6 +270,20 @@ std::optional<FailureRecord> Workspace::failure() const {
   return FailureRecord::of(bits);
 }
 
+// Two calls of a workspace that ran at once would use the same call number.
+void Workspace::order_after_other_streams(cudaStream_t stream) {
+  if (!last_stream_ || *last_stream_ == stream) return;
+  if (last_call_ == nullptr) {
+    cudaEvent_t event;
+    check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
+               "stream: an event is required");
+    last_call_ = {event, [](cudaEvent_t e) { cudaEventDestroy(e); }};
+    check_cuda(cudaEventRecord(event, *last_stream_),
+               "stream: the one of the last call is required");
+  }
+  check_cuda(cudaStreamWaitEvent(stream, last_call_.get()), "stream: a usable one is required");
+}
+
 void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   if (!connected_ || closed_) {
     throw std::runtime_error(
@@ -283,6 +297,11 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
                              " bytes is required; got " + std::to_string(layout_.area_bytes) +
                              "; call init() with a larger hidden_size or max_rows");
   }
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &capture), "stream: a usable one is required");
+  const bool eager = capture == cudaStreamCaptureStatusNone;
+  const std::lock_guard<std::mutex> lock(order_mutex_);
+  if (eager) order_after_other_streams(stream);
   for_each_chunk(call.rows, chunk, [&](uint64_t first, uint64_t rows) {
     const LaunchShape shape = choose(rules_, rows, row_packs_of(call));
     OneShotParams params{rows_from(call.row, first, row_bytes), shape.trigger, exchange_};
@@ -291,6 +310,11 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
     check_cuda(launch_one_shot(call.dtype, ranks_, params, shape, stream),
                "launch: a kernel that starts is required");
   });
+  if (!eager) return;
+  last_stream_ = stream;
+  if (last_call_ != nullptr) {
+    check_cuda(cudaEventRecord(last_call_.get(), stream), "stream: a usable one is required");
+  }
 }
 
 void run_local(int device, const CallArguments& call, cudaStream_t stream) {

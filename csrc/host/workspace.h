@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -45,6 +46,7 @@ class GAN_API Workspace {
   void connect_local(const std::vector<std::shared_ptr<Workspace>>& ranks);
 
   // Queues the call on `stream`, in several launches where it has more rows than the inbox takes.
+  // Calls from several streams run in the order in which they were queued.
   void run(const CallArguments& call, cudaStream_t stream);
 
   // Whom the first failed call missed.
@@ -64,6 +66,7 @@ class GAN_API Workspace {
 
  private:
   void connect(const std::vector<uint8_t*>& inboxes);
+  void order_after_other_streams(cudaStream_t stream);
 
   int device_;
   uint32_t rank_, ranks_;
@@ -76,6 +79,11 @@ class GAN_API Workspace {
   std::vector<uint8_t*> mapped_;            // of open_peers, by rank; null where nothing is mapped
   std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
   bool connected_ = false, closed_ = false;
+
+  // Of eager calls: captured ones are put in order by the graph they are in.
+  std::mutex order_mutex_;
+  std::optional<cudaStream_t> last_stream_;
+  std::shared_ptr<CUevent_st> last_call_;  // recorded once calls come from more than one stream
 };
 
 // ---- workspaces by the name of their group, as torch's ops name groups ----

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -300,10 +301,10 @@ def test_mps_is_started_used_and_stopped(not_found, fake_mps):
     assert all(output == result.outputs[0] for output in result.outputs)
     assert pipe != log
     assert len(pipe) < 60  # a socket's path has 107 characters
-    look, start, ask, stop = calls()
+    look, start, ask, list_servers, stop = calls()
     assert look[:3] == [[], "get_server_list", "/tmp/nvidia-mps"]
     assert start == [["-d"], "", pipe, log, None, True]
-    assert ask == [[], "get_server_list", pipe, log, None, True]
+    assert ask == list_servers == [[], "get_server_list", pipe, log, None, True]
     assert stop == [[], "quit", pipe, log, None, True]
     assert not Path(pipe).exists()
     assert not Path(log).exists()
@@ -316,6 +317,17 @@ def test_mps_numbers_its_gpus_from_0(fake_mps, monkeypatch):
     seen = [json.loads(output)[2:] for output in result.outputs]
     assert seen == [["50", str(r % 2), "0,1"] for r in range(4)]
     assert calls()[1][4] == "5,3"  # the daemon sees what this process may use
+
+
+def test_stopping_mps_waits_for_its_servers(tmp_path, monkeypatch):
+    """A client of the next daemon fails while a server of the last one is there."""
+    with subprocess.Popen(["sleep", "1"]) as server:
+        reaper = threading.Thread(target=server.wait)
+        reaper.start()
+        monkeypatch.setattr(launcher, "_ask_mps", lambda command, env: (f"{server.pid}\n", None))
+        launcher._stop_mps({"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)})
+        assert not Path(f"/proc/{server.pid}").exists()
+        reaper.join()
 
 
 def test_mps_is_stopped_after_an_exception(fake_mps):
