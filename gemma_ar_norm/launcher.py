@@ -88,6 +88,9 @@ class Placement:
         if self.mps:
             env |= self.mps_env
             env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // self.ranks_per_gpu)
+            # CUDA's default. All clients share the GPU's queues: with 32 each, which streams of one
+            # process may need, the fourth client got no context ("out of memory").
+            env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
         return env
 
 

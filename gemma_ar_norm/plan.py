@@ -16,6 +16,8 @@ local norm."""
 ONE_SHOT = 0
 """Algorithm::kOneShot of csrc/host/plan.h."""
 
+MIN_RANKS, MAX_RANKS = 2, 8
+
 NO_LIMIT = 2**32 - 1
 
 MAX_THREADS = 512
@@ -52,25 +54,20 @@ class TeamSize(NamedTuple):
     blocks: int
 
 
-# Measured with bench/streams on one H200 (132 SMs, 132/N a rank) on 2026-11-23: bf16, graphs of 20
-# calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one rank a GPU.
-#   hidden 640, 1 row:      N=2 2.79 2.90 -             N=8 3.68 3.74 -
-#   hidden 4096, 1 row:     N=2 2.68 2.40 2.36          N=4 3.64 3.05 2.92       N=8 5.54 4.44 3.85
-#   hidden 4096, 8 rows:    N=2 3.24 2.94 2.67          N=4 4.39 3.70 3.59       N=8 6.19 5.71 5.62
-#   hidden 4096, 64 rows:   N=2 3.48 3.49 3.91          N=4 8.83 7.65 8.25       N=8 29.9 28.6 29.9
-#   hidden 8192, 64 rows:   N=2 5.62 5.47 6.36          -                        N=8 59.6 60.2 59.2
-#   hidden 16384, 64 rows:  N=2 8.40 9.04 11.9          -                        N=8 121 123 125
-_SHORT_ROWS = TeamSize(NO_LIMIT, 128, 1)
-_FEW_ROWS = TeamSize(8, NO_LIMIT, 4)
-_OTHERS = TeamSize(NO_LIMIT, NO_LIMIT, 1)
-_TEAM_SIZES_OF_2_RANKS = (
-    _SHORT_ROWS,
-    _FEW_ROWS,
-    TeamSize(NO_LIMIT, 512, 1),
+# Measured with bench/streams on one H200 (132 SMs, 132/N a rank) on 2026-11-23: bf16, residual,
+# graphs of 20 calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one rank a GPU.
+#   hidden 640, 1 row:      N=2 2.79 2.90 -       N=4 -                 N=8 3.68 3.74 -
+#   hidden 4096, 1 row:     N=2 2.73 2.43 2.34    N=4 3.76 3.04 3.00    N=8 5.80 4.56 4.07
+#   hidden 4096, 8 rows:    N=2 3.32 2.99 2.82    N=4 4.37 3.73 3.66    N=8 6.36 5.98 5.78
+#   hidden 4096, 64 rows:   N=2 4.09 3.66 3.97    N=4 8.87 7.72 8.29    N=8 30.5 29.2 30.1
+#   hidden 8192, 64 rows:   N=2 5.62 5.47 6.36    N=4 -                 N=8 59.6 60.2 59.2
+#   hidden 16384, 64 rows:  N=2 8.40 9.04 11.9    N=4 -                 N=8 121 123 125
+_TEAM_SIZES = (
+    TeamSize(NO_LIMIT, 128, 1),
+    TeamSize(8, NO_LIMIT, 4),
     TeamSize(NO_LIMIT, 1024, 2),
-    _OTHERS,
+    TeamSize(NO_LIMIT, NO_LIMIT, 1),
 )
-_TEAM_SIZES = (_SHORT_ROWS, _FEW_ROWS, TeamSize(NO_LIMIT, 1024, 2), _OTHERS)
 
 
 def make_rules(
@@ -84,7 +81,7 @@ def make_rules(
     """The rules of a workspace.
 
     Args:
-        ranks: 2 to 8.
+        ranks: 2 to 8. The rules are the same for all of them today.
         multiprocessors: that every rank may fill with its blocks. Where `shared_device`, its share
         of them.
         compute_capability: the least of all ranks' GPUs.
@@ -94,6 +91,8 @@ def make_rules(
             not start early: a rank's next kernel could take the place that another rank's present
             one needs, and both would wait for ever.
     """
+    if not MIN_RANKS <= ranks <= MAX_RANKS:
+        raise ValueError(f"ranks: {MIN_RANKS} to {MAX_RANKS} are required; got {ranks}")
     starts_early = compute_capability >= (9, 0) and not shared_device
     return [
         Rule(
@@ -105,5 +104,5 @@ def make_rules(
             Trigger.AT_START if starts_early else Trigger.NEVER,
             multiprocessors,
         )
-        for size in (_TEAM_SIZES_OF_2_RANKS if ranks == 2 else _TEAM_SIZES)
+        for size in _TEAM_SIZES
     ]

@@ -47,10 +47,8 @@ GAN_DEVICE Pack sum_in_rank_order(uint32_t rank, const Pack (&from)[kRanks - 1],
 
 template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
 GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
-  // Beside the packs of many peers there are no registers for what is needed after them: for the
-  // weight, and for loading that and the residual behind the first poll, so that it does not wait
-  // for them.
-  constexpr bool kWeightEarly = kRanks < 8, kPollFirst = kRanks <= 4;
+  // Beside the packs of seven peers there are no registers for it.
+  constexpr bool kWeightEarly = kRanks < kMaxRanks;
   const RowParams& rows = params.row;
   const ExchangeParams& exchange = params.exchange;
   auto& segments = block_shared<SegmentSums>();
@@ -90,17 +88,13 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
       Pack sum = nan_pack();
       if (norm.in_row(j)) {
         if (!kOnePack || row != team.first_row()) own = norm.load_pack(rows.x, row, j);
-        const auto expect = [&] {
-          norm.expect(row, j);
-          if (kWeightEarly) norm.expect_weight(j);
-        };
-        if (!kPollFirst) expect();
+        norm.expect(row, j);
+        if (kWeightEarly) norm.expect_weight(j);
         // 2.
         const uint64_t offset = slot(row, j);
         Pack from[kRanks - 1];
         for (uint32_t polls = 1; !call.broken; ++polls) {
           load_all<kRanks>(exchange, offset, from);
-          if (kPollFirst && polls == 1) expect();
           if (all_full<kRanks>(from)) break;
           call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row, offset);
         }

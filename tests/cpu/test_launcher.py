@@ -319,6 +319,13 @@ def test_mps_numbers_its_gpus_from_0(fake_mps, monkeypatch):
     assert calls()[1][4] == "5,3"  # the daemon sees what this process may use
 
 
+def test_mps_clients_share_the_queues(fake_mps, monkeypatch):
+    fake_mps("")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    code = "import os; print(os.environ['CUDA_DEVICE_MAX_CONNECTIONS'])"
+    assert run(code, ranks=2, gpus=1).outputs == ["8\n", "8\n"]
+
+
 def test_stopping_mps_waits_for_its_servers(tmp_path, monkeypatch):
     """A client of the next daemon fails while a server of the last one is there."""
     with subprocess.Popen(["sleep", "1"]) as server:
