@@ -54,9 +54,10 @@ def fused_allreduce_gemma_rmsnorm(
         Each may be exactly x or exactly residual, and not otherwise overlap an argument or the
         other. Nothing is mutated without it.
 
-    All ranks of the group make the same calls in the same order, from one stream at a time. A call
-    is queued on the current stream and returns. It can be captured in a CUDA graph, after
-    `init(group)` or a first call outside; replays must not overlap other calls of the group.
+    All ranks of the group make the same calls in the same order. A call is queued on the current
+    stream and returns; eager calls from several streams run in the order in which they were queued.
+    It can be captured in a CUDA graph, after `init(group)` or a first call outside; replays must
+    not overlap other calls of the group.
     torch.compile sees one op; the group's name is fixed in the graph. Not differentiable.
 
     Raises TypeError, ValueError for arguments, also when one requires a gradient; WorkspaceError
@@ -74,7 +75,7 @@ def fused_allreduce_gemma_rmsnorm(
     if is_dynamo_compiling():
         name = groups.name_for_compile(group)
         return _call(x, weight, residual, post_weight, eps, weight_bias, name, algorithm, out)
-    name = groups.name_of(group)
+    name = groups.name_for_call(group)
     try:
         return _call(x, weight, residual, post_weight, eps, weight_bias, name, algorithm, out)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -172,7 +173,8 @@ def explain(
 
     It looks at what there is, and makes nothing: before `init` and the group's first call the
     answer for several ranks with GPUs is "undecided". device: of x; the GPU where there is one.
-    Raises the TypeError or ValueError that the call would raise for this shape and algorithm.
+    Raises the TypeError or ValueError that the call would raise for this shape and algorithm, and
+    its WorkspaceError where "one_shot" is asked for and the ranks have no fused workspace.
 
     >>> print(gemma_ar_norm.explain(64, 5376))
     64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU
@@ -197,12 +199,16 @@ def explain(
     if torch.device(device).type == "cpu":
         return answer("cpu", "the tensors are on the CPU")
     if me.size == 1:
-        return answer("local", "one rank: there is nothing to reduce", launches=1)
+        reason = "one rank: there is nothing to reduce"
+        ops.refuse_one_shot(algorithm, reason)
+        return answer("local", reason, launches=1)
     if algorithm == "unfused":
+        ops.refuse_unfused(me)
         return answer("unfused", "asked for by algorithm", launches=1)
     if found is None or found.closed:
         return answer("undecided", "no workspace yet; init(group), or the first call, makes one")
     if not found.fused:
+        ops.refuse_one_shot(algorithm, found.reason)
         return answer("unfused", found.reason, launches=1)
     if rows == 0:
         return answer("one_shot", "0 rows: nothing is launched")

@@ -61,6 +61,12 @@ def name_of(group: Any = None) -> str:
     return group if isinstance(group, str) else _learn(group)
 
 
+def name_for_call(group: Any = None) -> str:
+    """`name_of`, but NO_GROUP for a group of one rank: the op needs no Python for that."""
+    name = name_of(group)
+    return NO_GROUP if name in _of_one_rank else name
+
+
 def name_for_compile(group: Any = None) -> str:
     """`name_of` in a form that torch.compile traces; it guards on the group, not on its name."""
     if group is None:
@@ -101,6 +107,7 @@ def on_gone(callback: Callable[[str], None]) -> None:
 
 
 _known: dict[int, str] = {}  # id of a group -> its name, until the group's end
+_of_one_rank: set[str] = set()  # names of such groups, until their end
 _owners: dict[str, tuple[str, int, int]] = {}  # name -> itself, a number for its group, its id
 _tokens = itertools.count()
 _gone_callbacks: list[Callable[[str], None]] = []
@@ -130,6 +137,8 @@ def _learn(group: Any) -> str:
     owner = (name, next(_tokens), id(group))
     _owners[name] = owner
     _known[id(group)] = name
+    if group.size() == 1:
+        _of_one_rank.add(name)
     for witness in (group, _destroy_witness(group)):
         if witness is not None:
             weakref.finalize(witness, _forget, *owner).atexit = False
@@ -152,6 +161,7 @@ def _forget(name: str, token: int, key: int) -> None:
     """Ends what was kept for a group and its name, unless the name is another group's by now."""
     if _owners.get(name) == (name, token, key):
         del _owners[name], _known[key]
+        _of_one_rank.discard(name)
         for callback in _gone_callbacks:
             callback(name)
 

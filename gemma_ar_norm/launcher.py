@@ -448,6 +448,8 @@ def init_from_env(timeout_s: float = 60.0) -> tuple[int, int, torch.device]:
 
     For processes started by `run` or by torchrun. The group's backend is gloo, and NCCL beside it
     for CUDA tensors where every rank has a GPU of its own.
+    Call `dist.destroy_process_group()` before the process ends: a thread of gloo that still holds a
+    tensor while the interpreter ends aborts the process (seen in torch 2.13).
     timeout_s: of the group's own operations; the fused call has its own limit.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

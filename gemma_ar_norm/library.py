@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -32,4 +33,7 @@ def load(library: Path = LIBRARY, module: str = f"{__package__}._C") -> ModuleTy
         ) from error
 
 
-_C = load()
+if TYPE_CHECKING:
+    from . import _C as _C
+else:
+    _C = load()

@@ -428,12 +428,27 @@ def _is_fused(x: Tensor, group_name: str, algorithm: str) -> bool:
             found = workspace.Workspace(group, "one rank: there is nothing to reduce")
         else:
             found = workspace.init(group_name, hidden_size=x.shape[-1], dtype=x.dtype)
-    if not found.fused and algorithm != "auto":
+    if not found.fused:
+        refuse_one_shot(algorithm, found.reason)
+    return found.fused
+
+
+def refuse_one_shot(algorithm: str, reason: str) -> None:
+    """Raises where a fused algorithm is asked for that the ranks, for this reason, do not have."""
+    if algorithm not in ("auto", "unfused"):
         raise WorkspaceError(
             f"algorithm: 'auto' or 'unfused' is required where the ranks have no fused workspace; "
-            f"got {algorithm!r} ({found.reason}); pass 'auto'"
+            f"got {algorithm!r} ({reason}); pass 'auto'"
         )
-    return found.fused
+
+
+def refuse_unfused(group: groups.Group) -> None:
+    """Raises for a local group: it has no all-reduce but ours."""
+    if group.is_local:
+        raise ValueError(
+            "algorithm: 'auto' or 'one_shot' is required by a local group, which has no other "
+            "all-reduce; got 'unfused'; pass 'auto'"
+        )
 
 
 def _all_reduce(x: Tensor, group_name: str) -> Tensor:
@@ -441,11 +456,7 @@ def _all_reduce(x: Tensor, group_name: str) -> Tensor:
     group = groups.resolve(group_name)
     if group.size == 1 or x.numel() == 0:
         return x
-    if group.is_local:
-        raise ValueError(
-            "algorithm: 'auto' or 'one_shot' is required by a local group, which has no other "
-            "all-reduce; got 'unfused'; pass 'auto'"
-        )
+    refuse_unfused(group)
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group.process_group)
     return total

@@ -21,6 +21,7 @@ import os
 import socket
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -84,6 +85,7 @@ class Facts:
     compute_capability: tuple[int, int] = (0, 0)
     multiprocessors: int = 0  # that this process may use; under MPS its share
     max_cluster: int = 1
+    thread_percentage: float = 100.0  # of the GPU, by MPS
 
     @staticmethod
     def of(message: dict[str, Any]) -> Facts:
@@ -239,6 +241,7 @@ def _gpu_facts() -> dict[str, Any]:
         "compute_capability": tuple(info["compute_capability"]),
         "multiprocessors": min(share, info["multiprocessors"]),
         "max_cluster": info["max_cluster"],
+        "thread_percentage": float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE") or 100),
     }
 
 
@@ -291,7 +294,7 @@ class Workspace:
         *,
         device: int = -1,
         timeout_s: float = DEFAULT_TIMEOUT_S,
-        rules: Sequence[tuple[int, ...]] = (),
+        rules: Sequence[plan.Rule] = (),
     ) -> None:
         self.group_name = group.name
         self.rank = group.rank
@@ -378,7 +381,7 @@ def _register(workspace: Workspace) -> None:
     with _lock:
         workspace.generation = _generations[name] = _generations.get(name, 0) + 1
         if workspace.fused:
-            workspace._native.register(name, workspace.generation)
+            workspace._native.register(name)
         _records[name] = workspace
 
 
@@ -482,6 +485,9 @@ def init(
     native, handles = _allocate(me, own.device, rules, arguments)
     reason = _open_peers(me, native, handles)
     if reason:
+        # Nobody frees an inbox before all have unmapped it.
+        _, error = _attempt(native.disconnect)
+        groups.all_gather_json(me, {"error": error})
         native.close()
         workspace = Workspace(me, reason, device=own.device, timeout_s=timeout_s)
     else:
@@ -510,22 +516,32 @@ def _access(rank: int, facts: Sequence[Facts]) -> list[str]:
     return reasons
 
 
-def _rules(facts: Sequence[Facts]) -> Sequence[tuple[int, ...]]:
+def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
     """The launch plan, from what is equal on all ranks: the least that any of them has."""
     multiprocessors = min(fact.multiprocessors for fact in facts)
-    if len({fact.uuid for fact in facts}) < len(facts) and multiprocessors < MIN_SHARE_OF_CLUSTERS:
+    neighbours = max(Counter(fact.uuid for fact in facts).values())
+    # Ranks that share a GPU have their parts of it from MPS, or else none can count on more than
+    # an equal part.
+    shared = any(
+        sum(other.thread_percentage for other in facts if other.uuid == fact.uuid) > 100
+        for fact in facts
+        if neighbours > 1
+    )
+    if shared:
+        multiprocessors = max(1, multiprocessors // neighbours)
+    if neighbours > 1 and multiprocessors < MIN_SHARE_OF_CLUSTERS:
         facts = [replace(fact, max_cluster=1) for fact in facts]
     return plan.make_rules(
         ranks=len(facts),
         multiprocessors=multiprocessors,
         compute_capability=min(fact.compute_capability for fact in facts),
         max_cluster=min(fact.max_cluster for fact in facts),
-        shared_device=False,
+        shared_device=shared,
     )
 
 
 def _allocate(
-    me: Group, device: int, rules: Sequence[tuple[int, ...]], arguments: dict[str, Any]
+    me: Group, device: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
 ) -> tuple[Any, list[bytes]]:
     """Phase 3: the native workspace, and all ranks' IPC handles. Raises on all ranks or on none."""
     row_bytes = arguments["hidden_size"] * arguments["dtype"].itemsize
@@ -546,7 +562,9 @@ def _allocate(
     if problem:
         if native is not None:
             native.close()
-        raise WorkspaceError(f"{problem}; make max_rows smaller, or free memory there")
+        raise WorkspaceError(
+            f"{problem}; where that is memory make max_rows smaller, or free some there"
+        )
     return native, [bytes.fromhex(answer["handle"]) for answer in answers]
 
 
@@ -659,7 +677,7 @@ def local_group(
     rules = plan.make_rules(
         ranks=n,
         multiprocessors=max(1, info["multiprocessors"] // n),
-        compute_capability=tuple(info["compute_capability"]),
+        compute_capability=info["compute_capability"],
         max_cluster=info["max_cluster"],
         shared_device=True,
     )

@@ -213,7 +213,8 @@ def assert_bit_equal(got: Tensor, want: Tensor, what: object = "") -> None:
 #   residual_out  plain, residual: within 1 ulp of T of the float64 value of residual + sum of x_r,
 #                 where the ulp is taken at the larger magnitude of a and h: half an ulp of a and
 #                 half an ulp of h are two roundings, and that of a cannot be undone when the
-#                 residual cancels a. sandwich: the same of p and h, computed from the same a.
+#                 residual cancels a. sandwich: the same of p and h, computed from the same a, and
+#                 besides what the 17 fp32 operations of p add to its half an ulp, as above.
 #                 The fp32 additions may add 2^-24 of the sum of all magnitudes for each addition,
 #                 which is less than 2^-12 ulp unless the ranks' values cancel each other.
 # T = fp32 has no rounding that hides the fp32 operations: 20 ulps of norm_out, as a sanity check.
@@ -281,7 +282,10 @@ def float64_errors(case: Case, norm_out: Tensor, residual_out: Tensor) -> tuple[
 
     at = torch.maximum(a_or_p.abs(), residual64.abs())
     error = ulps(residual_out, residual64, dtype, at)
-    fp32_error = len(summands) * 2.0**-24 * magnitudes / ulp(at, dtype)
+    fp32_error = len(summands) * 2.0**-24 * magnitudes
+    if case.post_weight is not None:
+        fp32_error = fp32_error + 17 * 2.0**-24 * a_or_p.abs()
+    fp32_error = fp32_error / ulp(at, dtype)
     skipped = ~covered | (magnitudes >= torch.finfo(dtype).max)
     return norm_error, torch.where(skipped | (error == 0), 0.0, error - fp32_error)
 

@@ -41,8 +41,7 @@ void check(cudaError_t status) {
   check_cuda(status, "streams: a CUDA call that works is required");
 }
 
-// ---- memory
-// -------------------------------------------------------------------------------------------------------------
+// ---- memory ----
 
 __global__ void fill(Element* data, size_t count, uint32_t seed, float scale) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
@@ -88,8 +87,7 @@ struct RankData {
         residual_out(count, 0, 0.0f) {}
 };
 
-// ---- a world of ranks
-// ---------------------------------------------------------------------------------------------------
+// ---- a world of ranks ----
 
 enum class Form { kPlain, kResidual, kSandwich };
 
@@ -223,8 +221,7 @@ class World {
   std::vector<cudaStream_t> streams_;
 };
 
-// ---- the command line
-// ---------------------------------------------------------------------------------------------------
+// ---- the command line ----
 
 std::vector<uint32_t> numbers(const std::string& text) {
   std::vector<uint32_t> list;

@@ -110,10 +110,11 @@ PYBIND11_MODULE(_C, m) {
            })
       .def("connect_local", &Workspace::connect_local)
       .def("register",
-           [](std::shared_ptr<Workspace> self, const std::string& group_name, uint64_t generation) {
+           [](std::shared_ptr<Workspace> self, const std::string& group_name) {
              py::gil_scoped_release release;  // the workspace that is replaced may be closed
-             register_workspace(group_name, generation, std::move(self));
+             register_workspace(group_name, std::move(self));
            })
+      .def("disconnect", &Workspace::disconnect, py::call_guard<py::gil_scoped_release>())
       .def("failure",
            [](const Workspace& w) -> py::object {
              const auto record = w.failure();

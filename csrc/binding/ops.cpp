@@ -35,8 +35,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr uint64_t kPackBytes = 16;
-
 // Not STD_TORCH_CHECK: users read this text, and where in this file it was written does not help
 // them.
 void require(bool condition, const char* text) {
@@ -260,8 +258,7 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
   workspace->run(call.arguments, current_stream(device));
 }
 
-// ---- the ops
-// ------------------------------------------------------------------------------------------------------------
+// ---- the ops ----
 
 std::tuple<Tensor, Tensor> fused_allreduce_rmsnorm(const Tensor& x, const Tensor& weight,
                                                    const OptionalTensor& residual,

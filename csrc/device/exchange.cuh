@@ -24,8 +24,7 @@
 
 namespace gan {
 
-// ---- failure
-// -----------------------------------------------------------------------------------------------------------
+// ---- failure ----
 
 GAN_DEVICE InboxHeader* header_of(uint8_t* inbox) { return reinterpret_cast<InboxHeader*>(inbox); }
 
@@ -110,8 +109,7 @@ class Wait {
   uint32_t deadline_ = kNoDeadline;  // in ticks (params.h), odd; a register less than nanoseconds
 };
 
-// ---- a call
-// ------------------------------------------------------------------------------------------------------------
+// ---- a call ----
 
 struct Call {
   uint32_t number;
@@ -148,8 +146,7 @@ GAN_DEVICE void end_call(const ExchangeParams& exchange, const Call& call) {
     store_relaxed_gpu(&header_of(exchange.inbox)->call[blockIdx.x].number, call.number + 1);
 }
 
-// ---- packs
-// -------------------------------------------------------------------------------------------------------------
+// ---- packs ----
 
 // One pack of this rank to the same place in every peer's inbox. `offset`: stage, row and pack, in
 // bytes.

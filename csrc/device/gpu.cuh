@@ -25,8 +25,8 @@ namespace gan {
 inline constexpr uint32_t kWarpLanes = 32;
 inline constexpr uint32_t kFullWarp = 0xffffffffu;
 
-// ---- arithmetic: each is one IEEE operation, rounded to nearest even, never contracted to an FMA
-// -----------------------
+// ---- arithmetic: each one IEEE operation, rounded to nearest even, never contracted to an FMA
+// ----
 GAN_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 GAN_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 GAN_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
@@ -65,8 +65,7 @@ GAN_DEVICE uint32_t fp16x2_rn(float2 value) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-// ---- memory
-// ------------------------------------------------------------------------------------------------------------
+// ---- memory ----
 // Ordinary memory, ordered by kernel boundaries: inputs and outputs. Not the read-only path:
 // outputs may alias inputs.
 GAN_DEVICE uint4 load(const uint4* from) { return *from; }
@@ -123,8 +122,7 @@ GAN_DEVICE uint64_t clock_ns() {
   return now;
 }
 
-// ---- warps and blocks
-// --------------------------------------------------------------------------------------------------
+// ---- warps and blocks ----
 GAN_DEVICE float shuffle_xor(float value, uint32_t mask) {
   return __shfl_xor_sync(kFullWarp, value, mask);
 }
@@ -144,8 +142,9 @@ GAN_DEVICE T* block_dynamic_shared() {
   return reinterpret_cast<T*>(dynamic_shared);
 }
 
-// ---- clusters: blocks that run at the same time and reach each other's shared memory (sm_90 and
-// newer) -----------------
+// ---- clusters ----
+
+// Blocks that run at the same time and reach each other's shared memory (sm_90 and newer).
 struct Cluster {
   uint32_t index, count;   // which cluster of the grid, of how many
   uint32_t block, blocks;  // which block of it, of how many
@@ -234,9 +233,9 @@ GAN_DEVICE void expect_bytes(ByteCounter*, uint32_t) {}
 GAN_DEVICE void wait_for_bytes(ByteCounter*, uint32_t) {}
 #endif
 
-// ---- programmatic dependent launch (sm_90 and newer; elsewhere kernels of a stream never overlap)
-// ---------------------- Returns when the stream's earlier kernels have completed and what they
-// wrote is visible.
+// ---- programmatic dependent launch (sm_90 and newer; elsewhere kernels never overlap) ----
+
+// Returns when the stream's earlier kernels have completed and what they wrote is visible.
 GAN_DEVICE void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

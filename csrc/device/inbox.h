@@ -1,9 +1,9 @@
 // The layout of an inbox: the memory of a rank that its peers write. Total bytes and every address
 // come from here, on the host and on the GPU; no other file knows an offset.
 //
-//   [error board | farewells | failure claim | copies of the call number] [stage 0: an area per
-//   peer] [stage 1: the same]
-//    kHeaderBytes                                                          stage_bytes stage_bytes
+//   kHeaderBytes  InboxHeader: error board, farewells, failure claim, copies of the call number
+//   stage_bytes   stage 0: an area for each peer
+//   stage_bytes   stage 1: the same
 //
 // Call k uses stage k % 2. Area i of a stage takes the rows that one peer pushes. Between calls
 // every word of both stages is kEmptyWord (pack.cuh); the header starts as zeros.

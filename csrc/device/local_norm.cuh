@@ -1,8 +1,9 @@
 // The epilogue alone, on a row that is already summed: a = x. For one rank, and after an all-reduce
 // that was not ours. It is also the floor that the fused kernels are measured against.
 //
-// Grid: as one_shot, without peers. Memory: outputs may be exactly x or residual. Synchronisation:
-// a team barrier in each sum of squares.
+// Grid: as one_shot, without peers.
+// Memory: outputs may be exactly x or residual.
+// Synchronisation: the threads of a team wait for each other in each sum of squares.
 #pragma once
 #include "gpu.cuh"
 #include "pack.cuh"

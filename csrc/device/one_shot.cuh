@@ -2,22 +2,22 @@
 // so the least latency; it moves ranks - 1 rows for each row, so two hops win when there are many.
 //
 //   1. Push this rank's packs of all the team's rows to every peer.
-//   2. For each row: poll until the packs of all peers are here, add them in rank order, round
-//   once.
+//   2. For each row: poll until the packs of all peers are here, add them in rank order and round.
 //   3. The epilogue: residual, norm, outputs (row_norm.cuh).
 //   4. Clear what was read.
 //   5. Advance the call number, of which most copies have been advanced after 1.
 //
 // Grid: teams of one block, or of one cluster, take rows team, team + teams, ...; every team has a
-// row. Every rank launches
-//   the same shape, at most what its GPU can hold at once: a team waits for its like on the peers.
-// Memory: a rank writes rank-sized areas of its peers' inboxes and reads and clears its own
-// (inbox.h). Own rows are neither
-//   pushed to itself nor polled. Outputs may be exactly x or residual: a thread writes a pack after
-//   its last read of it, and all of a team's rows are pushed before its first output.
-// Synchronisation: none between ranks but the data itself (exchange.cuh); the team's threads wait
-// for each
-//   other in each sum of squares.
+// row. Every rank launches the same shape, at most what its GPU can hold at once: a team waits for
+// its like on the peers.
+//
+// Memory: a rank writes its area of each peer's inbox, and reads and clears its own (inbox.h). Own
+// rows are neither pushed to itself nor polled. Outputs may be exactly x or residual: a thread
+// writes a pack after its last read of it, and all of a team's rows are pushed before its first
+// output.
+//
+// Synchronisation: none between ranks but the data itself (exchange.cuh); the threads of a team
+// wait for each other in each sum of squares.
 #pragma once
 #include "exchange.cuh"
 #include "gpu.cuh"

@@ -1,13 +1,12 @@
 // A pack is 16 bytes, what one thread loads at once: 8 elements of bf16 or fp16, 4 of fp32. Here is
-// all that depends on the element type. To add a dtype: a DType, an Element, a line in launch.cu's
-// table.
+// all that depends on the element type. To add a dtype: a DType (params.h), an Element, a
+// launch_<dtype>.cu, and its lines in launch.cu.
 #pragma once
 #include "gpu.cuh"
 #include "params.h"
 
 namespace gan {
 
-inline constexpr uint32_t kPackBytes = 16;
 using Pack = uint4;
 
 // Element<T>: how many of T a pack holds, its fp32 values, and their rounding (to nearest even)
@@ -70,9 +69,9 @@ GAN_DEVICE Pack round_to_pack(const Floats<kType>& f) {
           E::round_word(f.at + 3 * kPerWord)};
 }
 
-// ---- the mark of an empty inbox word
-// ----------------------------------------------------------------------------------- A NaN in all
-// three dtypes, and a byte pattern that memset can write.
+// ---- the mark of an empty inbox word ----
+
+// A NaN in all three dtypes, and a byte pattern that memset can write.
 inline constexpr uint32_t kEmptyWord = 0xffffffffu;
 // What is sent for a data word that happens to equal the mark: still a NaN in every element that
 // was one.

@@ -7,6 +7,8 @@ namespace gan {
 inline constexpr uint32_t kMaxRanks = 8;
 // Blocks a launch can have: there is one copy of the call number for each.
 inline constexpr uint32_t kMaxBlocks = 512;
+// What one thread loads at once; kernels read rows and weights in such packs.
+inline constexpr uint32_t kPackBytes = 16;
 // hidden <= 16384: in fp32 that is 4096 packs, the longest row.
 inline constexpr uint32_t kMaxHidden = 16384;
 inline constexpr uint32_t kMaxRowPacks = 4096;

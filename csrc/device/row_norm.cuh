@@ -2,8 +2,8 @@
 //
 //   plain:     h = a            residual:  h = T(residual + a)
 //   sandwich:  p = T((a * rstd(a)) * (bias + post_weight)),  h = T(residual + p)
-//   norm_out = T((h * rstd(h)) * (bias + weight)),  residual_out = h,  rstd(v) = 1 / sqrt(sum(v^2)
-//   / hidden + eps)
+//   norm_out = T((h * rstd(h)) * (bias + weight)),  residual_out = h
+//   rstd(v) = 1 / sqrt(sum(v^2) / hidden + eps)
 //
 // T(...) rounds to nearest even; all else is fp32, one IEEE operation at a time. The order of the
 // sum of squares depends on hidden and T alone, so that the bits are the same however a row is
@@ -65,8 +65,7 @@ GAN_DEVICE void start_team(const Team& team, SegmentSums& sums) {
   cluster_start();
 }
 
-// ---- packs
-// -------------------------------------------------------------------------------------------------------------
+// ---- packs ----
 
 GAN_DEVICE float warp_sum(float value) {
 #pragma unroll
@@ -132,8 +131,7 @@ GAN_DEVICE float sum_of_segments(const float (&segment)[kMaxSegments], uint32_t 
   return warp_sum(sum);
 }
 
-// ---- a row
-// -------------------------------------------------------------------------------------------------------------
+// ---- a row ----
 
 // What a thread keeps of a row between two passes over it.
 template <bool kOnePack>

@@ -20,15 +20,19 @@ class DeviceScope {
  public:
   explicit DeviceScope(int device) {
     check_cuda(cudaGetDevice(&before_), "device: the current CUDA device is required");
-    if (before_ != device)
-      check_cuda(cudaSetDevice(device), "device: a usable CUDA device is required");
+    if (before_ == device) return;
+    check_cuda(cudaSetDevice(device), "device: a usable CUDA device is required");
+    changed_ = true;
   }
-  ~DeviceScope() { cudaSetDevice(before_); }
+  ~DeviceScope() {
+    if (changed_) cudaSetDevice(before_);
+  }
   DeviceScope(const DeviceScope&) = delete;
   DeviceScope& operator=(const DeviceScope&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
 
 // Lets this thread allocate, free and copy while some stream is being captured: such calls would

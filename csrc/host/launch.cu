@@ -107,4 +107,13 @@ cudaError_t preload_kernels(uint32_t ranks) {
   return cudaSuccess;
 }
 
+cudaError_t kernel_architecture(int* architecture) {
+  const auto kernel = KernelTable<DType::kBFloat16>::local_norm(true, Form::kAny);
+  cudaFuncAttributes attributes;
+  const cudaError_t status =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (status == cudaSuccess) *architecture = attributes.ptxVersion;
+  return status;
+}
+
 }  // namespace gan

@@ -16,4 +16,8 @@ cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const 
 // first launch may wait for running kernels, and those may be waiting for that launch.
 cudaError_t preload_kernels(uint32_t ranks);
 
+// What the kernels that the current device runs were compiled for: 90 for sm_90 or its PTX. Code
+// for an older architecture may have been compiled again by the driver.
+cudaError_t kernel_architecture(int* architecture);
+
 }  // namespace gan

@@ -16,34 +16,31 @@ namespace gan {
 // break a mapping.
 class DeviceInbox {
  public:
-  DeviceInbox(int device, uint64_t bytes) : device_(device) {
+  DeviceInbox(int device, uint64_t bytes) : data_(nullptr, Free{device}) {
     DeviceScope scope(device);
     OutsideCapture outside;
     void* memory = nullptr;
     check_cuda(cudaMalloc(&memory, bytes),
                "inbox: " + std::to_string(bytes) + " bytes of device memory are required");
-    data_ = static_cast<uint8_t*>(memory);
+    data_.reset(static_cast<uint8_t*>(memory));
     const std::string what = "inbox: writable device memory is required";
-    check_cuda(cudaMemset(data_, 0x00, kHeaderBytes), what);
-    check_cuda(cudaMemset(data_ + kHeaderBytes, 0xff, bytes - kHeaderBytes), what);
+    check_cuda(cudaMemset(data(), 0x00, kHeaderBytes), what);
+    check_cuda(cudaMemset(data() + kHeaderBytes, 0xff, bytes - kHeaderBytes), what);
     check_cuda(cudaDeviceSynchronize(), what);
   }
-  ~DeviceInbox() {
-    OutsideCapture outside;
-    cudaFree(data_);  // at the end of the process CUDA may be gone, and the memory with it
-    cudaGetLastError();
-  }
-  DeviceInbox(const DeviceInbox&) = delete;
-  DeviceInbox& operator=(const DeviceInbox&) = delete;
 
-  uint8_t* data() const { return data_; }
-  // Whether all ranks but `rank` have said farewell to this inbox.
-  bool is_deserted(uint32_t rank, uint32_t ranks) const {
+  uint8_t* data() const { return data_.get(); }
+
+  // Whether all ranks but `rank` have said farewell to this inbox. False where CUDA does not tell.
+  bool is_deserted(uint32_t rank, uint32_t ranks) const noexcept {
     uint64_t farewell[kMaxRanks];
-    OutsideCapture outside;
-    const void* from = data_ + offsetof(InboxHeader, farewell);
-    if (cudaMemcpy(farewell, from, sizeof(farewell), cudaMemcpyDeviceToHost) != cudaSuccess) {
-      cudaGetLastError();
+    try {
+      DeviceScope scope(data_.get_deleter().device);
+      OutsideCapture outside;
+      const void* from = data() + offsetof(InboxHeader, farewell);
+      check_cuda(cudaMemcpy(farewell, from, sizeof(farewell), cudaMemcpyDeviceToHost),
+                 "inbox: readable device memory is required");
+    } catch (const std::exception&) {
       return false;
     }
     for (uint32_t r = 0; r < ranks; ++r) {
@@ -53,8 +50,20 @@ class DeviceInbox {
   }
 
  private:
-  int device_;
-  uint8_t* data_ = nullptr;
+  struct Free {
+    int device;
+    void operator()(uint8_t* memory) const {
+      try {
+        DeviceScope scope(device);
+        OutsideCapture outside;
+        cudaFree(memory);
+      } catch (const std::exception&) {
+        // At the end of the process CUDA may be gone, and the memory with it.
+      }
+      cudaGetLastError();
+    }
+  };
+  std::unique_ptr<uint8_t, Free> data_;
 };
 
 namespace {
@@ -67,7 +76,7 @@ struct RetiredInbox {
 // Never destroyed: workspaces may be closed while the process exits.
 struct Registry {
   std::mutex mutex;
-  std::unordered_map<std::string, std::pair<uint64_t, std::shared_ptr<Workspace>>> by_name;
+  std::unordered_map<std::string, std::shared_ptr<Workspace>> by_name;
   std::list<RetiredInbox> retired;
 };
 Registry& registry() {
@@ -107,7 +116,6 @@ RowParams rows_from(const RowParams& all, uint64_t first, uint64_t row_bytes) {
 
 // A launch counts rows in 32 bits, and a FailureRecord in fewer.
 constexpr uint64_t kMaxLaunchRows = uint64_t{1} << FailureRecord::kRowBits;
-constexpr uint64_t kBytesAPack = 16;
 
 // Calls launch(first_row, rows) until all rows are done.
 template <class Launch>
@@ -118,8 +126,7 @@ void for_each_chunk(uint64_t rows, uint64_t chunk_rows, Launch launch) {
 
 }  // namespace
 
-// ---- a workspace's life
-// -------------------------------------------------------------------------------------------------
+// ---- a workspace's life ----
 
 Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_bytes,
                      uint64_t timeout_ns, std::vector<PlanRule> rules)
@@ -133,7 +140,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
                                 " and rank below it are required; got rank " +
                                 std::to_string(rank) + " of " + std::to_string(ranks));
   }
-  if (inbox_bytes < gan::inbox_bytes(ranks, 1, kBytesAPack) ||
+  if (inbox_bytes < gan::inbox_bytes(ranks, 1, kPackBytes) ||
       inbox_bytes % kAllocationAlignment != 0) {
     throw std::invalid_argument("inbox_bytes: what inbox_bytes() returns is required; got " +
                                 std::to_string(inbox_bytes));
@@ -223,26 +230,46 @@ void Workspace::connect(const std::vector<uint8_t*>& inboxes) {
   connected_ = true;
 }
 
-void Workspace::close() noexcept {
-  if (closed_) return;
-  closed_ = true;
-  try {
-    DeviceScope scope(device_);
-    OutsideCapture outside;
-    cudaDeviceSynchronize();  // no kernel uses any inbox from here
-    for (uint32_t r = 0; r < ranks_; ++r) {
-      if (mapped_[r] == nullptr) continue;
-      // The peer frees its inbox once all have written here. It may do so in the instant before the
-      // unmapping below, which is harmless: nothing is accessed any more.
-      const uint64_t farewell = 1;
+void Workspace::unmap_peers(bool say_farewell) {
+  DeviceScope scope(device_);
+  OutsideCapture outside;
+  check_cuda(cudaDeviceSynchronize(), "workspace: a device that ends its work is required");
+  for (uint32_t r = 0; r < ranks_; ++r) {
+    if (mapped_[r] == nullptr) continue;
+    // The peer frees its inbox once all have written here, maybe in the instant before the
+    // unmapping below. CUDA's manual does not define that; nothing is accessed any more, and the
+    // mapping of freed memory was seen to stay valid and private until it is closed (H100, driver
+    // 580).
+    const uint64_t farewell = 1;
+    if (say_farewell) {
       cudaMemcpy(mapped_[r] + offsetof(InboxHeader, farewell) + rank_ * sizeof(farewell), &farewell,
                  sizeof(farewell), cudaMemcpyHostToDevice);
-      cudaIpcCloseMemHandle(mapped_[r]);
-      mapped_[r] = nullptr;
     }
-    cudaGetLastError();
+    cudaIpcCloseMemHandle(mapped_[r]);
+    mapped_[r] = nullptr;
+  }
+  cudaGetLastError();
+}
+
+void Workspace::disconnect() {
+  const std::lock_guard<std::mutex> lock(call_mutex_);
+  connected_ = false;
+  unmap_peers(false);
+}
+
+void Workspace::close() noexcept {
+  {
+    // A call that another thread is queueing is queued before the device is waited for.
+    const std::lock_guard<std::mutex> lock(call_mutex_);
+    if (closed_) return;
+    closed_ = true;
+  }
+  try {
+    unmap_peers(true);
   } catch (const std::exception&) {
-    // CUDA is gone, as at the end of the process: so are the mappings.
+    // The device cannot be waited for: either CUDA is gone, as at the end of the process, or
+    // kernels may still run, so that the peers must keep their inboxes. What is mapped stays
+    // mapped.
   }
   if (inbox_ != nullptr && local_inboxes_.empty() && connected_) {
     const std::lock_guard<std::mutex> lock(registry().mutex);
@@ -255,14 +282,20 @@ void Workspace::close() noexcept {
 
 uint32_t reclaim_inboxes() noexcept {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  r.retired.remove_if(
+  std::list<RetiredInbox> retired;
+  {
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    retired.swap(r.retired);
+  }
+  // Without the lock: looking and freeing wait for the device, and calls look up their workspace.
+  retired.remove_if(
       [](const RetiredInbox& it) { return it.inbox->is_deserted(it.rank, it.ranks); });
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  r.retired.splice(r.retired.end(), retired);
   return static_cast<uint32_t>(r.retired.size());
 }
 
-// ---- calls
-// --------------------------------------------------------------------------------------------------------------
+// ---- calls ----
 
 std::optional<FailureRecord> Workspace::failure() const {
   const uint64_t bits = __atomic_load_n(host_failure_.get(), __ATOMIC_RELAXED);
@@ -285,12 +318,13 @@ void Workspace::order_after_other_streams(cudaStream_t stream) {
 }
 
 void Workspace::run(const CallArguments& call, cudaStream_t stream) {
+  const std::lock_guard<std::mutex> lock(call_mutex_);
   if (!connected_ || closed_) {
     throw std::runtime_error(
         "workspace: an open one, connected to its peers, is required; got a closed one; call "
         "init()");
   }
-  const uint64_t row_bytes = row_packs_of(call) * kBytesAPack;
+  const uint64_t row_bytes = uint64_t{row_packs_of(call)} * kPackBytes;
   const uint64_t chunk = std::min(max_rows(row_bytes), kMaxLaunchRows);
   if (chunk == 0) {
     throw std::runtime_error("workspace: room for one row of " + std::to_string(row_bytes) +
@@ -300,7 +334,6 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   check_cuda(cudaStreamIsCapturing(stream, &capture), "stream: a usable one is required");
   const bool eager = capture == cudaStreamCaptureStatusNone;
-  const std::lock_guard<std::mutex> lock(order_mutex_);
   if (eager) order_after_other_streams(stream);
   for_each_chunk(call.rows, chunk, [&](uint64_t first, uint64_t rows) {
     const LaunchShape shape = choose(rules_, rows, row_packs_of(call));
@@ -341,7 +374,7 @@ void run_local(int device, const CallArguments& call, cudaStream_t stream) {
     }
     rule = found->second;
   }
-  const uint64_t row_bytes = row_packs_of(call) * kBytesAPack;
+  const uint64_t row_bytes = uint64_t{row_packs_of(call)} * kPackBytes;
   for_each_chunk(call.rows, kMaxLaunchRows, [&](uint64_t first, uint64_t rows) {
     const LaunchShape shape = shape_of(rule, rows, row_packs_of(call));
     LocalNormParams params{rows_from(call.row, first, row_bytes), shape.trigger};
@@ -352,26 +385,24 @@ void run_local(int device, const CallArguments& call, cudaStream_t stream) {
   });
 }
 
-// ---- registry
-// -----------------------------------------------------------------------------------------------------------
+// ---- registry ----
 
-void register_workspace(const std::string& group_name, uint64_t generation,
-                        std::shared_ptr<Workspace> workspace) {
+void register_workspace(const std::string& group_name, std::shared_ptr<Workspace> workspace) {
   Registry& r = registry();
-  std::shared_ptr<Workspace> replaced;  // closed, if this was the last use, after the lock is gone
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  auto& entry = r.by_name[group_name];
-  replaced = std::move(entry.second);
-  entry = {generation, std::move(workspace)};
+  {
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    r.by_name[group_name].swap(workspace);
+  }
+  // What was there before may be closed now, without the lock.
 }
 
 void unregister_workspace(const std::string& group_name) {
   Registry& r = registry();
-  std::shared_ptr<Workspace> removed;
+  std::shared_ptr<Workspace> removed;  // outlives the lock
   const std::lock_guard<std::mutex> lock(r.mutex);
   const auto found = r.by_name.find(group_name);
   if (found == r.by_name.end()) return;
-  removed = std::move(found->second.second);
+  removed = std::move(found->second);
   r.by_name.erase(found);
 }
 
@@ -379,11 +410,10 @@ std::shared_ptr<Workspace> find_workspace(const std::string& group_name) {
   Registry& r = registry();
   const std::lock_guard<std::mutex> lock(r.mutex);
   const auto found = r.by_name.find(group_name);
-  return found == r.by_name.end() ? nullptr : found->second.second;
+  return found == r.by_name.end() ? nullptr : found->second;
 }
 
-// ---- what this machine is
-// -----------------------------------------------------------------------------------------------
+// ---- what this machine is ----
 
 namespace {
 
@@ -421,13 +451,20 @@ std::string driver_status() {
 
 DeviceInfo device_info(int device) {
   const cudaDeviceProp p = properties_of(device);
+  DeviceScope scope(device);
+  int compiled_for = 0;
+  check_cuda(kernel_architecture(&compiled_for),
+             "kernels: a GPU that this build has code for is required");
   constexpr int kPortableCluster = 8;
+  // Code compiled for an older architecture knows neither clusters nor early starts, whatever runs
+  // it.
+  const int architecture = std::min(p.major * 10 + p.minor, compiled_for);
   return {p.name,
           uuid_of(p),
-          p.major,
-          p.minor,
+          architecture / 10,
+          architecture % 10,
           p.multiProcessorCount,
-          p.major >= 9 ? kPortableCluster : 1,
+          architecture >= 90 ? kPortableCluster : 1,
           p.totalGlobalMem};
 }
 

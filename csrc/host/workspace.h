@@ -54,6 +54,9 @@ class GAN_API Workspace {
   // Rows of row_bytes that one launch can take.
   uint64_t max_rows(uint64_t row_bytes) const { return layout_.max_rows(row_bytes); }
 
+  // Unmaps the peers' inboxes, which have never been used, without a farewell. When all ranks have
+  // done so, close() frees the own one at once.
+  void disconnect();
   // Waits for the device, tells the peers that their inboxes are no longer used from here, unmaps
   // them, and retires the own inbox (see reclaim_inboxes). Does not wait for a peer. The second
   // time it does nothing.
@@ -66,6 +69,7 @@ class GAN_API Workspace {
 
  private:
   void connect(const std::vector<uint8_t*>& inboxes);
+  void unmap_peers(bool say_farewell);
   void order_after_other_streams(cudaStream_t stream);
 
   int device_;
@@ -80,14 +84,15 @@ class GAN_API Workspace {
   std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
   bool connected_ = false, closed_ = false;
 
+  std::mutex call_mutex_;  // held while a call is queued
+
   // Of eager calls: captured ones are put in order by the graph they are in.
-  std::mutex order_mutex_;
   std::optional<cudaStream_t> last_stream_;
   std::shared_ptr<CUevent_st> last_call_;  // recorded once calls come from more than one stream
 };
 
 // ---- workspaces by the name of their group, as torch's ops name groups ----
-GAN_API void register_workspace(const std::string& group_name, uint64_t generation,
+GAN_API void register_workspace(const std::string& group_name,
                                 std::shared_ptr<Workspace> workspace);
 GAN_API void unregister_workspace(const std::string& group_name);
 GAN_API std::shared_ptr<Workspace> find_workspace(const std::string& group_name);  // null: none
@@ -102,7 +107,8 @@ GAN_API void run_local(int device, const CallArguments& call, cudaStream_t strea
 // ---- what this machine is ----
 struct DeviceInfo {
   std::string name, uuid;
-  int major, minor, multiprocessors, max_cluster;
+  int major, minor;  // compute capability, or what the kernels were compiled for if that is less
+  int multiprocessors, max_cluster;
   uint64_t total_bytes;
 };
 GAN_API std::string driver_status();  // in words; never throws

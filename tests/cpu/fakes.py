@@ -20,7 +20,7 @@ class FakeNative:
         self.version = "1.2.3"
         self.allocate_error = self.open_error = ""
         self.no_access: dict[str, str] = {}  # uuid -> reason
-        self.registered: dict[str, tuple[FakeWorkspace, int]] = {}
+        self.registered: dict[str, FakeWorkspace] = {}
         self.made: list[FakeWorkspace] = []
 
     def build_info(self) -> dict[str, Any]:
@@ -68,6 +68,7 @@ class FakeWorkspace:
         self.closed = False
         self.peers: list[bytes] = []
         self.failed: tuple[int, int, int] | None = None
+        self.disconnected = False
 
     def ipc_handle(self) -> bytes:
         return b"\x00handle of %d\xff" % self.rank
@@ -77,9 +78,13 @@ class FakeWorkspace:
             raise RuntimeError(self.native.open_error)
         self.peers = handles
 
-    def register(self, name: str, generation: int) -> None:
+    def register(self, name: str) -> None:
         assert not self.closed
-        self.native.registered[name] = (self, generation)
+        self.native.registered[name] = self
+
+    def disconnect(self) -> None:
+        assert not self.closed
+        self.disconnected = True
 
     def failure(self) -> tuple[int, int, int] | None:
         return self.failed

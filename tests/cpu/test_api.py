@@ -275,11 +275,14 @@ def test_explain_on_a_gpu(monkeypatch):
 
     rank = Rank()
     assert explain(group=rank).path == "undecided"
-    assert explain(group=rank, algorithm="unfused").path == "unfused"
+    with pytest.raises(ValueError, match=r"algorithm: .* required by a local group"):
+        explain(group=rank, algorithm="unfused")
     me = groups.resolve(rank)
     monkeypatch.setitem(workspace._records, me.name, workspace.Workspace(me, "no NVLink"))
     said = explain(group=rank)
     assert (said.path, said.reason, said.launches) == ("unfused", "no NVLink", 1)
+    with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*no NVLink"):
+        explain(group=rank, algorithm="one_shot")
 
     rules = plan.make_rules(
         ranks=4, multiprocessors=132, compute_capability=(9, 0), max_cluster=8, shared_device=False

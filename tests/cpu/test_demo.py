@@ -74,7 +74,7 @@ def test_two_cpu_ranks(tmp_path):
     assert demo_run.stdout == demo.table(report) + "\n"
 
 
-# A rank whose fused call is wrong in one element; the rest of the demo is untouched.
+# The demo with a fused call that is changed on rank 1; the rest of it is untouched.
 PLANT = """
 import os, sys
 import gemma_ar_norm
@@ -84,43 +84,53 @@ right = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
 
 def wrong(x, *rest, **options):
     norm_out, residual_out = right(x, *rest, **options)
-    if os.environ["RANK"] == "{rank}":
-        {plant}
+    if os.environ["RANK"] == "1":
+{plants}
     return norm_out, residual_out
 
 gemma_ar_norm.fused_allreduce_gemma_rmsnorm = wrong
 sys.exit(demo.main(sys.argv[1:]))
 """
-PLANTS = {
+
+
+def planted(file: Path, *plants: str) -> list[str]:
+    """The command of a rank, with these statements in calls of 1 row, of 2, ..."""
+    lines = [f"        if len(x) == {rows}: {plant}" for rows, plant in enumerate(plants, 1)]
+    file.write_text(PLANT.format(plants="\n".join(lines)))
+    return [sys.executable, str(file), "--worker"]
+
+
+# A wrong result, and what the demo says of it.
+WRONG = {
     "norm_out[-1, -1] *= 1.5": ("norm_out has other bits than reference.py", "norm_ulps is"),
     "residual_out[0, 7] += 1": ("residual_out has other bits", "residual_ulps is"),
     "norm_out[0, 0] = float('nan')": ("norm_out has other bits", "norm_ulps is nan"),
     "norm_out.mul_(1.01)": ("relative is", "norm_ulps is"),
+    "pass": (),
 }
 
 
-@pytest.mark.parametrize("plant", PLANTS)
-def test_a_wrong_result_fails(plant, tmp_path, capsys):
-    program = tmp_path / "planted.py"
-    program.write_text(PLANT.format(rank=1, plant=plant))
+def test_wrong_results_fail(tmp_path, capsys):
+    """Each in calls of another number of rows, so that they take one run."""
+    numbers = [str(rows) for rows in range(1, len(WRONG) + 1)]
     code = demo.main(
-        ["--ranks", "2", "--rows", "2", "--timeout", "100"],
-        worker=[sys.executable, str(program), "--worker"],
+        ["--ranks", "2", "--rows", *numbers, "--timeout", "100"],
+        worker=planted(tmp_path / "planted.py", *WRONG),
     )
     printed = capsys.readouterr().out
     assert code == 1
-    lines = [line for line in printed.splitlines() if line.startswith("FAILED: Gemma 3 27B, 2 row")]
-    assert any("ranks have different bits" in line for line in lines)
-    for words in PLANTS[plant]:
-        assert any(f"rank 1: {words}" in line for line in lines), printed
-    assert not any("rank 0" in line and "reference.py" in line for line in lines)
+    for rows, words in zip(numbers, WRONG.values(), strict=True):
+        start = f"FAILED: Gemma 3 27B, {rows} row"
+        lines = [line for line in printed.splitlines() if line.startswith(start)]
+        assert any("ranks have different bits" in line for line in lines) == bool(words), printed
+        for part in words:
+            assert any(f"rank 1: {part}" in line for line in lines), printed
+        assert not any("rank 0" in line and "reference.py" in line for line in lines)
 
 
 def test_a_rank_that_dies_fails(tmp_path, capsys):
-    program = tmp_path / "planted.py"
-    program.write_text(PLANT.format(rank=1, plant="os._exit(9)"))
     code = demo.main(
-        ["--ranks", "2", "--rows", "1"], worker=[sys.executable, str(program), "--worker"]
+        ["--ranks", "2", "--rows", "1"], worker=planted(tmp_path / "planted.py", "os._exit(9)")
     )
     printed = capsys.readouterr()
     assert code != 0

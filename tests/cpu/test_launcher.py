@@ -132,7 +132,8 @@ def test_a_rank_that_dies_by_a_signal():
     assert (result.exit_code, result.reason) == (137, "rank 0 ended by signal 9")
 
 
-def test_the_time_limit_kills_whole_process_groups():
+def test_the_time_limit_kills_whole_process_groups(monkeypatch):
+    monkeypatch.setattr(launcher, "TERM_GRACE_S", 0.5)
     result = run(
         """
         import os, signal, subprocess, sys, time

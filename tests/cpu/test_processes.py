@@ -12,6 +12,7 @@ import os
 import sys
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,6 @@ import checks
 import pytest
 import torch
 import torch.distributed as dist
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import gemma_ar_norm
 from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, launcher, ops, workspace
@@ -170,6 +170,10 @@ def subgroups(me: Me) -> None:
 
 @case
 def compiled_once_for_all_numbers_of_rows(me: Me) -> None:
+    if me.world > 2:
+        return  # the same again, and importing dynamo takes each rank a second and a half
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -252,8 +256,7 @@ def the_slow_path_makes_a_fused_workspace_and_calls_again(me: Me) -> None:
         ops.slow_path(*args, x.clone(), x)
         errors.set_slow_path_error.assert_not_called()
         assert again.call_args.args == args
-        made, generation = native.registered[group.group_name]
-        assert generation == 1
+        made = native.registered[group.group_name]
         assert made.inbox_bytes == me.world * 256 * 640 * 2
         # C++ knows the workspace by now. If it comes here still, we do not go round in circles.
         ops.slow_path(*args, x.clone(), x)
@@ -301,7 +304,7 @@ def a_fused_workspace(me: Me) -> None:
         made = native.made[0]
         assert made.peers == [b"\x00handle of %d\xff" % r for r in range(me.world)]
         assert made.timeout_ns == 1_500_000_000
-        assert native.registered == {name: (made, 1)}
+        assert native.registered == {name: made}
         # The plan is made from the least of all ranks' multiprocessors.
         assert {rule[-1] for rule in made.rules} == {132 - (me.world - 1)}
 
@@ -312,9 +315,9 @@ def a_fused_workspace(me: Me) -> None:
 
         second = workspace.init(group)
         assert (first.closed, made.closed, second.generation) == (True, True, 2)
-        assert native.registered[name][1] == 2
+        assert native.registered == {name: native.made[1]}
         first.close()
-        assert native.registered[name][1] == 2, "the old one's end must not touch the new one"
+        assert native.registered == {name: native.made[1]}, "an old one's end touched the new one"
 
         made = native.made[1]
         made.failed = (1, 17, 3)
@@ -344,7 +347,7 @@ def what_makes_all_ranks_unfused(me: Me) -> None:
         assert_all(me, got, "made", False, words)
     with fake_native(me.rank, open_error="IPC is off" if is_last else "") as native:
         got = outcome(me, native)
-        assert len(native.made) == 1
+        assert [made.disconnected for made in native.made] == [True]  # on every rank, before close
         assert_all(me, got, "made", False, f"rank {last}: IPC is off")
     with fake_native(me.rank) as native:
         if is_last:
@@ -429,7 +432,7 @@ def a_name_that_is_used_again(me: Me) -> None:  # the last case: it replaces the
         assert workspace.find(name) is None
         second = workspace.init()
         assert second.generation == first.generation + 1
-        assert native.registered[name] == (native.open[0], second.generation)
+        assert native.registered[name] is native.open[0]
         # The old group is still kept here. It does not come back under its name, and its end
         # does not touch the new one.
         with pytest.raises(ValueError, match=r"group: a live group .* destroyed"):
@@ -462,9 +465,18 @@ def a_name_that_is_used_again(me: Me) -> None:  # the last case: it replaces the
 # ------------------------------------------------------------------------------- in each process
 
 
+def leave_the_group() -> None:
+    """Joins gloo's threads. One that drops the last reference to a tensor while the interpreter
+    ends is ended by Python, and std::terminate ends the process: seen in 1 of some 40 runs."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def main() -> None:
     rank, world, _ = launcher.init_from_env()
     me = Me(rank, world)
+    # At the exit the newest is called first: the workspace that is left open, then this.
+    weakref.finalize(dist, leave_the_group)
     for name, function in CASES.items():
         start = time.monotonic()
         print(json.dumps({"case": name, "started": True}), flush=True)

@@ -12,7 +12,7 @@ import torch
 from fakes import FakeNative, FakeWorkspace, fake_native
 
 import gemma_ar_norm
-from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, workspace
+from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, plan, workspace
 from gemma_ar_norm.groups import Group
 from gemma_ar_norm.workspace import Facts, Workspace, verdict
 
@@ -243,3 +243,29 @@ def test_a_local_rank_cannot_be_initialised():
 
     with pytest.raises(ValueError, match="group: a process group is required; got 'gemma_ar_norm"):
         gemma_ar_norm.init(Rank())
+
+
+@pytest.mark.parametrize(
+    ("uuids", "percentages", "expected"),
+    [
+        (("a", "b"), (100, 100), (132, 4, plan.Trigger.AT_START)),  # a GPU each
+        (("a", "a"), (50, 50), (132, 4, plan.Trigger.AT_START)),  # parts of one, by MPS
+        (("a", "a"), (100, 100), (66, 4, plan.Trigger.NEVER)),  # MPS without parts, or time slices
+        (("a", "a", "b"), (60, 50, 100), (66, 4, plan.Trigger.NEVER)),
+        (("a",) * 8, (100,) * 8, (16, 1, plan.Trigger.NEVER)),  # too few for clusters
+    ],
+)
+def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
+    facts = [
+        Facts(
+            uuid=uuid,
+            thread_percentage=percentage,
+            multiprocessors=132,
+            compute_capability=(9, 0),
+            max_cluster=8,
+        )
+        for uuid, percentage in zip(uuids, percentages, strict=True)
+    ]
+    rules = workspace._rules(facts)
+    few_rows = next(rule for rule in rules if rule.max_rows == 8)
+    assert (few_rows.multiprocessors, few_rows.blocks_a_team, few_rows.trigger) == expected
