@@ -14,8 +14,10 @@ class PeerTimeoutError(RuntimeError):
     The GPU context stays usable. `init(group)` on all ranks makes a new workspace.
 
     peer: the rank that was missing, in the group. call: the number of the call, counted from 0 by
-    each workspace, modulo 2^32. row: one that was missed. A rank that waits when another's report
-    comes names what that one names; two that run out at the same moment can name different ones.
+    each workspace, modulo 2^32; a call that is larger than the workspace counts as several. row:
+    one that was missed, counted from the first of that part. A rank that waits when another's
+    report comes names what that one names; two that run out at the same moment can name different
+    ones.
     """
 
     def __init__(self, message: str, peer: int, call: int, row: int) -> None:

@@ -322,7 +322,8 @@ class Workspace:
         """Gives everything back; calls that are queued are waited for, peers are not.
 
         To be called on all ranks, in the same place of their calls. The second time does nothing.
-        Within a graph capture the memory is given back after it.
+        Graphs that were captured with this workspace must not be replayed any more. Within a graph
+        capture the memory is kept, until the next `init` or the end of the process.
         """
         with _lock:
             if _records.get(self.group_name) is self:
@@ -440,6 +441,7 @@ def init(
     Raises the same on all ranks: TypeError, ValueError for arguments that are wrong or differ
     between ranks (an old workspace then stays); WorkspaceError when a rank cannot take part, as for
     want of memory (an old workspace is closed then). Waits for the device; not within a capture.
+    Graphs that were captured with the group's old workspace must not be replayed any more.
 
     >>> workspace = gemma_ar_norm.init(hidden_size=5376, max_rows=128)
     >>> print(workspace.fused, workspace.reason)

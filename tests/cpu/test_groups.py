@@ -125,3 +125,12 @@ def test_cpu_tensors_in_a_group_without_a_cpu_backend(monkeypatch):
 def test_naming_the_default_group_is_cheap(default_group):
     """It is part of every eager call. The limit is for a loaded machine: a tenth is usual."""
     assert min(timeit.repeat(groups.name_of, number=2000, repeat=5)) / 2000 < 5e-6
+
+
+def test_a_group_of_one_rank_has_no_name_in_calls(default_group):
+    """With NO_GROUP the op runs our local kernel at once, without Python."""
+    name = groups.name_of()
+    assert name != groups.NO_GROUP
+    assert groups.name_for_call() == groups.NO_GROUP
+    dist.destroy_process_group()
+    assert name not in groups._of_one_rank

@@ -32,6 +32,7 @@ from torch import Tensor
 
 import gemma_ar_norm
 from gemma_ar_norm import groups, launcher
+from gemma_ar_norm.library import _C
 
 BF16, FP16, FP32 = checks.DTYPES
 ROWS = (1, 4, 8, 15, 64, 127, 128, 256, 333, 998, 1024, 2048)
@@ -625,6 +626,27 @@ def closed_and_made_again(ranks: Ranks) -> None:
             workspace.close()
             workspace.close()
     ranks.expect_result(made, ranks.call(made, group=group), "made by the call after close()")
+    dist.destroy_process_group(group)
+
+
+@case
+def inboxes_are_given_back(ranks: Ranks) -> None:
+    """Of closed workspaces whose peers have all unmapped them, over real IPC nothing stays."""
+    group = dist.new_group(list(range(ranks.world)))
+    made = ranks.case(3, 1024, seed=3)
+    free = []
+    for _ in range(10):
+        workspace = gemma_ar_norm.init(group, hidden_size=8192, max_rows=64, timeout_s=TIMEOUT_S)
+        ranks.expect_result(made, ranks.call(made, group=group), "a new workspace")
+        workspace.close()
+        dist.barrier()  # all have closed
+        if ranks.gpu:
+            held = _C.reclaim()
+            ranks.expect(held == 0, f"{held} retired inboxes are still held")
+            dist.barrier()
+            free.append(torch.cuda.mem_get_info()[0])
+    # All ranks use this GPU's memory, so only the trend tells: an inbox has 16 MiB at least.
+    ranks.expect(not free or free[1] - free[-1] < 16 << 20, f"free memory falls: {free}")
     dist.destroy_process_group(group)
 
 
