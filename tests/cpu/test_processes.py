@@ -466,10 +466,16 @@ def a_name_that_is_used_again(me: Me) -> None:  # the last case: it replaces the
 
 
 def leave_the_group() -> None:
-    """Joins gloo's threads. One that drops the last reference to a tensor while the interpreter
-    ends is ended by Python, and std::terminate ends the process: seen in 1 of some 40 runs."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Ends the threads of the default group, and says so where they do not end.
+
+    One that drops the last reference to a tensor while the interpreter ends is itself ended, by
+    Python, and that aborts the process. It is torch's (2.13), and was seen in 1 of some 20 runs.
+    """
+    ending = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()  # the threads end with the group, and mocks that were called with it are in cycles
+    if ending() is not None:
+        print(json.dumps({"case": "exit", "failure": "the destroyed group is kept"}))
 
 
 def main() -> None:
