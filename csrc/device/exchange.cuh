@@ -122,16 +122,20 @@ struct Call {
   }
 };
 
-// After grid_dependency_wait: the copies are the previous call's.
+// This block's.
+GAN_DEVICE CallCopy* own_copy(const ExchangeParams& exchange) {
+  return &header_of(exchange.inbox)->call[blockIdx.x];
+}
+
+// After grid_dependency_wait: until then the copies are the previous call's.
 GAN_DEVICE Call begin_call(const ExchangeParams& exchange) {
-  const InboxHeader* own = header_of(exchange.inbox);
-  const uint2 copy = load_relaxed_gpu(reinterpret_cast<const uint2*>(&own->call[blockIdx.x]));
+  const uint2 copy = load_relaxed_gpu(reinterpret_cast<const uint2*>(own_copy(exchange)));
   return {copy.x, copy.y != 0};
 }
 
-// All copies advance by one, in two parts, each with all threads; one thread alone took 3 us.
-// First, as soon as the call number is known, the copies of no block of this launch: nobody reads
-// them before the next, so this costs no time.
+// All copies advance by one, in two parts. First, with all threads (one alone took 3 us), as soon
+// as the call number is known, the copies of no block of this launch: nobody reads them before the
+// next, so this costs no time.
 GAN_DEVICE void advance_idle_copies(const ExchangeParams& exchange, const Call& call) {
   InboxHeader* own = header_of(exchange.inbox);
   for (uint32_t i = blockIdx.x + (threadIdx.x + 1) * gridDim.x; i < kMaxBlocks;
@@ -139,11 +143,9 @@ GAN_DEVICE void advance_idle_copies(const ExchangeParams& exchange, const Call& 
     store_relaxed_gpu(&own->call[i].number, call.number + 1);  // wraps: only its parity is used
   }
 }
-// At the end, this block's own copy, when no thread of the block has still to read it.
-GAN_DEVICE void end_call(const ExchangeParams& exchange, const Call& call) {
-  block_sync();
-  if (threadIdx.x == 0)
-    store_relaxed_gpu(&header_of(exchange.inbox)->call[blockIdx.x].number, call.number + 1);
+// This block's own copy, after a sum over the block's team: every thread has read it then.
+GAN_DEVICE void advance_own_copy(const ExchangeParams& exchange, const Call& call) {
+  if (threadIdx.x == 0) store_relaxed_gpu(&own_copy(exchange)->number, call.number + 1);
 }
 
 // ---- packs ----

@@ -235,10 +235,15 @@ GAN_DEVICE void wait_for_bytes(ByteCounter*, uint32_t) {}
 
 // ---- programmatic dependent launch (sm_90 and newer; elsewhere kernels never overlap) ----
 
-// Returns when the stream's earlier kernels have completed and what they wrote is visible.
-GAN_DEVICE void grid_dependency_wait() {
+// Returns when the stream's earlier kernels have completed and what they wrote is visible. The
+// addresses, not all null, are computed before, while there is time: the compiler would compute
+// each where it is used, from parameters that come through a cache and are not in it yet.
+template <class... Pointers>
+GAN_DEVICE void grid_dependency_wait(Pointers... addresses) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const uint64_t any = (... | reinterpret_cast<uint64_t>(addresses));
+  asm volatile("{ .reg .pred any; setp.ne.u64 any, %0, 0; @any griddepcontrol.wait; }" ::"l"(any)
+               : "memory");
 #endif
 }
 // Lets the stream's next kernel start; it still waits, above, for this one to complete.

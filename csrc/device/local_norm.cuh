@@ -19,12 +19,13 @@ GAN_KERNEL local_norm(GAN_KERNEL_PARAMETER LocalNormParams params) {
   const Team team = this_team<kOnePack>(rows);
   RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
   start_team(team, segments);
-  grid_dependency_wait();
+  grid_dependency_wait(norm.x_address(team.first_row(), 0),
+                       norm.residual_address(team.first_row(), 0), norm.weight_address(0));
   if (params.trigger != Trigger::kNever) grid_launch_dependents();
 #pragma unroll 1
   for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
     for (uint32_t j = 0; j < team.packs; ++j) {
-      const Pack sum = norm.in_row(j) ? norm.load_pack(rows.x, row, j) : zero_pack();
+      const Pack sum = norm.in_row(j) ? norm.load_x(row, j) : zero_pack();
       norm.expect(row, j);
       norm.expect_weight(j);
       norm.accept(row, j, sum);

@@ -3,7 +3,8 @@
 //
 //   1. Push this rank's packs of all the team's rows to every peer.
 //   2. For each row: poll until the packs of all peers are here, add them in rank order and round.
-//   3. The epilogue: residual, norm, outputs (row_norm.cuh).
+//   3. The epilogue: residual, norm, outputs (row_norm.cuh). While the threads of the team wait for
+//      each other's squares:
 //   4. Clear what was read.
 //   5. Advance the call number, of which most copies have been advanced after 1.
 //
@@ -55,8 +56,23 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
   const Team team = this_team<kOnePack>(rows);
   RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
   start_team(team, segments);
-  grid_dependency_wait();
+  grid_dependency_wait(norm.x_address(team.first_row(), 0),
+                       norm.residual_address(team.first_row(), 0), norm.weight_address(0),
+                       own_copy(exchange), exchange.peer[0].poll, exchange.peer[kRanks - 2].poll);
   if (params.trigger == Trigger::kAtStart) grid_launch_dependents();
+
+  // What the thread needs for pack j of a row besides the peers' packs.
+  Pack own;
+  const auto fetch = [&](uint32_t row, uint32_t j) {
+    if (!norm.in_row(j)) return;
+    own = norm.load_x(row, j);
+    norm.expect(row, j);
+    if (kWeightEarly) norm.expect_weight(j);
+  };
+
+  // Where the thread has one pack, all of the first row is fetched now and stays in registers.
+  const auto is_here = [&](uint32_t row) { return kOnePack && row == team.first_row(); };
+  if (kOnePack) fetch(team.first_row(), 0);
 
   Call call = begin_call(exchange);
   // Bytes from a rank's area of stage 0 to this thread's pack j of a row.
@@ -65,16 +81,15 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
            (uint64_t{row} * rows.row_packs + team.pack(j)) * kPackBytes;
   };
 
-  // 1. Where the thread has one pack, that of the first row stays in registers.
-  Pack own;
-  if (kOnePack && norm.in_row(0)) own = norm.load_pack(rows.x, team.first_row(), 0);
+  // 1.
   if (!call.broken) {
+    if (kOnePack && norm.in_row(0)) push_to_all<kRanks>(exchange, slot(team.first_row(), 0), own);
 #pragma unroll 1
-    for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
+    for (uint32_t row = team.first_row() + (kOnePack ? team.row_step() : 0); row < rows.rows;
+         row += team.row_step()) {
       for (uint32_t j = 0; j < team.packs; ++j) {
         if (!norm.in_row(j)) continue;
-        const bool held = kOnePack && row == team.first_row();
-        push_to_all<kRanks>(exchange, slot(row, j), held ? own : norm.load_pack(rows.x, row, j));
+        push_to_all<kRanks>(exchange, slot(row, j), norm.load_x(row, j));
       }
     }
   }
@@ -86,12 +101,10 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
   for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
     for (uint32_t j = 0; j < team.packs; ++j) {
       Pack sum = nan_pack();
+      if (!is_here(row)) fetch(row, j);
+      const uint64_t offset = slot(row, j);
       if (norm.in_row(j)) {
-        if (!kOnePack || row != team.first_row()) own = norm.load_pack(rows.x, row, j);
-        norm.expect(row, j);
-        if (kWeightEarly) norm.expect_weight(j);
         // 2.
-        const uint64_t offset = slot(row, j);
         Pack from[kRanks - 1];
         for (uint32_t polls = 1; !call.broken; ++polls) {
           load_all<kRanks>(exchange, offset, from);
@@ -103,6 +116,8 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
       // 3.
       if (!kWeightEarly) norm.expect_weight(j);
       norm.accept(row, j, sum);
+      // 4.
+      if (norm.in_row(j) && !call.broken) clear_all<kRanks>(exchange, offset);
     }
     const bool has_nan = norm.finish(row);
     if (GAN_UNLIKELY(has_nan) && has_failed(exchange)) {
@@ -111,14 +126,8 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
       call.broken = true;
       norm.spoil(row);
     }
-    // 4.
-    if (!call.broken) {
-      for (uint32_t j = 0; j < team.packs; ++j) {
-        if (norm.in_row(j)) clear_all<kRanks>(exchange, slot(row, j));
-      }
-    }
   }
-  end_call(exchange, call);  // 5.
+  advance_own_copy(exchange, call);  // 5.
 }
 
 }  // namespace gan

@@ -110,13 +110,21 @@ GAN_DEVICE Floats<kType> load_fp32_weights(const void* weight, uint32_t pack) {
   return f;
 }
 
-// T((v * rstd) * (bias + weight)).
+// bias + weight.
 template <DType kType>
-GAN_DEVICE Pack scale(Pack v, float rstd, const Floats<kType>& weight, float bias) {
+GAN_DEVICE Floats<kType> scale_of(float bias, Floats<kType> weight) {
+#pragma unroll
+  for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) weight.at[i] = add_rn(bias, weight.at[i]);
+  return weight;
+}
+
+// T((v * rstd) * scale).
+template <DType kType>
+GAN_DEVICE Pack normalise(Pack v, float rstd, const Floats<kType>& scale) {
   Floats<kType> f = widen<kType>(v);
 #pragma unroll
   for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) {
-    f.at[i] = mul_rn(mul_rn(f.at[i], rstd), add_rn(bias, weight.at[i]));
+    f.at[i] = mul_rn(mul_rn(f.at[i], rstd), scale.at[i]);
   }
   return round_to_pack<kType>(f);
 }
@@ -169,8 +177,7 @@ class RowNorm {
 
   // Loads what pack j needs besides its sum, so that it is here when the sum is.
   GAN_DEVICE void expect(uint32_t row, uint32_t j) {
-    if (!GAN_UNLIKELY(!has_residual()) && in_row(j))
-      residual_ = load_pack(params_.residual, row, j);
+    if (!GAN_UNLIKELY(!has_residual()) && in_row(j)) residual_ = load(residual_address(row, j));
   }
   // And what it needs of the weight; at the latest before accept.
   GAN_DEVICE void expect_weight(uint32_t j) {
@@ -180,8 +187,11 @@ class RowNorm {
   // Takes the sum of pack j; `a` does not matter where the pack is beyond the row.
   GAN_DEVICE void accept(uint32_t row, uint32_t j, Pack a) {
     if (!in_row(j)) a = zero_pack();
-    if (!GAN_UNLIKELY(is_sandwich())) a = enter_residual(row, j, a);
-    add_squares(j, a);
+    if (GAN_UNLIKELY(is_sandwich())) {
+      add_squares(j, a);
+    } else {
+      a = enter_residual(row, j, a);
+    }
     packs_.set(j, a);
   }
 
@@ -196,17 +206,17 @@ class RowNorm {
           weight_ = load_weight(params_.post_weight, j);
         }
         Pack p = packs_.get(j);
-        if (in_row(j)) p = enter_residual(row, j, normalise(p, j, post_rstd, params_.post_weight));
+        if (in_row(j)) p = normalise<kType>(p, post_rstd, scale(j, params_.post_weight));
         weight_ = next_weight;
-        add_squares(j, p);
-        packs_.set(j, p);
+        packs_.set(j, enter_residual(row, j, p));
       }
     }
     const float rstd = reduce();
     for (uint32_t j = 0; j < team_.packs; ++j) {
       if (!kOnePack) weight_ = load_weight(params_.weight, j);
       if (in_row(j)) {
-        store_pack(params_.norm_out, row, j, normalise(packs_.get(j), j, rstd, params_.weight));
+        const Floats<kType> weight_scale = scale(j, params_.weight);
+        store_pack(params_.norm_out, row, j, normalise<kType>(packs_.get(j), rstd, weight_scale));
       }
     }
     return is_nan(rstd);
@@ -220,8 +230,16 @@ class RowNorm {
   }
 
   GAN_DEVICE bool in_row(uint32_t j) const { return team_.pack(j) < params_.row_packs; }
-  GAN_DEVICE Pack load_pack(const void* rows, uint32_t row, uint32_t j) const {
-    return load(static_cast<const Pack*>(rows) + index(row, j));
+  GAN_DEVICE Pack load_x(uint32_t row, uint32_t j) const { return load(x_address(row, j)); }
+  GAN_DEVICE const Pack* x_address(uint32_t row, uint32_t j) const {
+    return address(params_.x, row, j);
+  }
+  // Of x where there is no residual.
+  GAN_DEVICE const Pack* residual_address(uint32_t row, uint32_t j) const {
+    return address(has_residual() ? params_.residual : params_.x, row, j);
+  }
+  GAN_DEVICE const Pack* weight_address(uint32_t j) const {
+    return weight_address(params_.weight, j);
   }
 
  private:
@@ -237,27 +255,36 @@ class RowNorm {
   GAN_DEVICE uint64_t index(uint32_t row, uint32_t j) const {
     return uint64_t{row} * params_.row_packs + team_.pack(j);
   }
+  GAN_DEVICE const Pack* address(const void* rows, uint32_t row, uint32_t j) const {
+    return static_cast<const Pack*>(rows) + index(row, j);
+  }
+  GAN_DEVICE const Pack* weight_address(const void* weight, uint32_t j) const {
+    return static_cast<const Pack*>(weight) + team_.pack(j);
+  }
   GAN_DEVICE void store_pack(void* rows, uint32_t row, uint32_t j, Pack pack) {
     store(static_cast<Pack*>(rows) + index(row, j), pack);
   }
-  // Of T. Where weights are fp32, normalise loads them: held ahead they would take twice the
+  // Of T. Where weights are fp32, scale loads them: held ahead they would take twice the
   // registers.
   GAN_DEVICE Pack load_weight(const void* from, uint32_t j) const {
     if (GAN_UNLIKELY(has_fp32_weights()) || !in_row(j)) return zero_pack();
-    return load(static_cast<const Pack*>(from) + team_.pack(j));
+    return load(weight_address(from, j));
   }
-  // `weight` is what weight_ has been loaded from.
-  GAN_DEVICE Pack normalise(Pack v, uint32_t j, float rstd, const void* weight) const {
-    Floats<kType> w = widen<kType>(weight_);
-    if (GAN_UNLIKELY(has_fp32_weights())) w = load_fp32_weights<kType>(weight, team_.pack(j));
-    return scale<kType>(v, rstd, w, params_.weight_bias);
+  // bias + weight of pack j. `weight` is what weight_ has been loaded from.
+  GAN_DEVICE Floats<kType> scale(uint32_t j, const void* weight) const {
+    if (GAN_UNLIKELY(has_fp32_weights())) {
+      return scale_of<kType>(params_.weight_bias, load_fp32_weights<kType>(weight, team_.pack(j)));
+    }
+    if (kOnePack) return scale_;
+    return scale_of<kType>(params_.weight_bias, widen<kType>(weight_));
   }
 
-  // h, which is residual_out. The residual is what expect loaded.
+  // h, which is residual_out, and its squares. The residual is what expect loaded.
   GAN_DEVICE Pack enter_residual(uint32_t row, uint32_t j, Pack a) {
-    if (!in_row(j)) return a;
-    if (!GAN_UNLIKELY(!has_residual())) a = add<kType>(residual_, a);
-    store_pack(params_.residual_out, row, j, a);
+    if (in_row(j) && !GAN_UNLIKELY(!has_residual())) a = add<kType>(residual_, a);
+    add_squares(j, a);
+    // After the team has been given the squares, which it waits for.
+    if (in_row(j)) store_pack(params_.residual_out, row, j, a);
     return a;
   }
 
@@ -274,8 +301,10 @@ class RowNorm {
     }
   }
 
-  // rstd of the row, of which all packs have been given to add_squares.
+  // rstd of the row, of which all packs have been given to add_squares. What does not need it is
+  // done while the team waits for each other.
   GAN_DEVICE float reduce() {
+    if (kOnePack) scale_ = scale_of<kType>(params_.weight_bias, widen<kType>(weight_));
     const uint32_t buffer = reductions_ % 2;
     if (team_.cluster.blocks == 1) {
       block_sync();
@@ -294,7 +323,10 @@ class RowNorm {
   SegmentSums& sums_;
   uint32_t reductions_ = 0;  // so far
   Pack residual_;
-  Pack weight_;  // of T; of the only pack, loaded ahead of the reduction that it waits for
+  // Of the only pack: the weight, of T, loaded ahead of the reduction that it waits for, and
+  // bias + weight.
+  Pack weight_ = zero_pack();
+  Floats<kType> scale_;
   RowPacks<kOnePack> packs_;
 };
 

@@ -291,7 +291,7 @@ def kernels() -> dict[str, str]:
 def instructions(ptx: str) -> list[str]:
     """The instructions' names, with all their suffixes, in order."""
     body = re.sub(r"//.*", "", ptx[ptx.index("{") :])
-    return re.findall(r"(?:^|[;{}:])\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)(?=[\s;])", body, re.M)
+    return re.findall(r"(?:^|[;{}:])\s*(?:@!?%?\w+\s+)?([a-z][\w.:]*)(?=[\s;])", body, re.M)
 
 
 def test_peers_are_reached_by_relaxed_16_byte_accesses(kernels):
@@ -322,6 +322,14 @@ def test_kernels_of_a_stream_overlap(kernels):
         used = instructions(ptx)
         assert used.count("griddepcontrol.wait") == 1, name
         assert "griddepcontrol.launch_dependents" in used, name
+
+
+def test_nothing_is_read_or_written_before_the_earlier_kernels_have_ended(kernels):
+    for name, ptx in kernels.items():
+        used = instructions(ptx)
+        before = used[: used.index("griddepcontrol.wait")]
+        assert not [u for u in before if "global" in u], name
+        assert [u for u in used if "global" in u], name
 
 
 # In rstd.cuh: divide_by_hidden has two, reciprocal_of_root eight and the one rsqrt.approx.
