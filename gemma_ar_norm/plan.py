@@ -54,14 +54,18 @@ class TeamSize(NamedTuple):
     blocks: int
 
 
-# Measured with bench/streams on one H200 (132 SMs, 132/N a rank) on 2026-11-23: bf16, residual,
-# graphs of 20 calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one rank a GPU.
-#   hidden 640, 1 row:      N=2 2.79 2.90 -       N=4 -                 N=8 3.68 3.74 -
-#   hidden 4096, 1 row:     N=2 2.73 2.43 2.34    N=4 3.76 3.04 3.00    N=8 5.80 4.56 4.07
-#   hidden 4096, 8 rows:    N=2 3.32 2.99 2.82    N=4 4.37 3.73 3.66    N=8 6.36 5.98 5.78
-#   hidden 4096, 64 rows:   N=2 4.09 3.66 3.97    N=4 8.87 7.72 8.29    N=8 30.5 29.2 30.1
-#   hidden 8192, 64 rows:   N=2 5.62 5.47 6.36    N=4 -                 N=8 59.6 60.2 59.2
-#   hidden 16384, 64 rows:  N=2 8.40 9.04 11.9    N=4 -                 N=8 121 123 125
+# Measured with bench/streams on one H100 (132 SMs, 132/N a rank) on 2026-11-24 (bench/results):
+# bf16, residual, graphs of 20 calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one
+# rank a GPU.
+#   hidden 640, 1 row:      N=2 2.54 2.67 -       N=4 2.84 2.83 -       N=8 3.62 3.75 -
+#   hidden 640, 64 rows:    N=2 2.99 3.10 -       N=4 3.66 3.80 -       N=8 6.33 7.70 -
+#   hidden 4096, 1 row:     N=2 2.44 2.29 2.42    N=4 3.57 3.11 3.03    N=8 5.30 4.81 4.37
+#   hidden 4096, 8 rows:    N=2 3.32 2.93 2.83    N=4 4.01 3.60 3.56    N=8 6.41 6.02 5.95
+#   hidden 4096, 64 rows:   N=2 4.08 3.62 3.97    N=4 8.18 7.37 8.47    N=8 32.7 32.8 36.4
+#   hidden 8192, 8 rows:    N=2 4.65 3.26 2.96    N=4 5.86 4.27 4.12    N=8 9.19 9.07 9.99
+#   hidden 8192, 64 rows:   N=2 6.11 5.13 5.23    N=4 17.6 17.1 18.0    N=8 78.7 78.2 78.3
+#   hidden 16384, 8 rows:   N=2 7.54 4.80 3.60    N=4 9.57 6.42 5.87    N=8 17.2 18.0 18.2
+#   hidden 16384, 64 rows:  N=2 10.1 11.2 11.0    N=4 39.1 39.5 40.2    N=8 163 163 161
 _TEAM_SIZES = (
     TeamSize(NO_LIMIT, 128, 1),
     TeamSize(8, NO_LIMIT, 4),
