@@ -14,12 +14,12 @@ PACKAGE_SOURCES += $(shell find csrc -type d)
 CPP_SOURCES = $(shell find csrc bench tests -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest build lint format bench wheel check-cuda12 clean FORCE
+.PHONY: help demo test pytest build lint format emulate bench wheel check-cuda12 clean FORCE
 MAKEFLAGS += --no-print-directory
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' Makefile
-	@echo "others:      build, pytest (no lint), lint, format, bench, wheel, check-cuda12, clean"
+	@echo "others:      build, pytest (no lint), lint, format, emulate, bench, wheel, check-cuda12, clean"
 
 demo: $(STAMPS)/package
 	$(BIN)/python -m gemma_ar_norm
@@ -47,11 +47,12 @@ $(STAMPS)/dev-tools: tools/setup_venv.py requirements-build.txt requirements-dev
 	@$(PYTHON) tools/setup_venv.py $(VENV) dev
 	@mkdir -p $(STAMPS) && touch $(STAMPS)/build-tools $(STAMPS)/test-tools $@
 
-# Changes when GAN_CUDA_ARCHS does.
-$(STAMPS)/archs: FORCE | $(STAMPS)/build-tools
-	@echo '$(GAN_CUDA_ARCHS)' | cmp -s - $@ || echo '$(GAN_CUDA_ARCHS)' > $@
+# Changes when one of them does.
+BUILD_OPTIONS = $(GAN_CUDA_ARCHS) $(GAN_STRICT_ORDER)
+$(STAMPS)/options: FORCE | $(STAMPS)/build-tools
+	@echo '$(BUILD_OPTIONS)' | cmp -s - $@ || echo '$(BUILD_OPTIONS)' > $@
 
-$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/archs | $(STAMPS)/build-tools
+$(STAMPS)/package: $(PACKAGE_SOURCES) $(STAMPS)/options | $(STAMPS)/build-tools
 	@echo "--- building gemma_ar_norm"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -72,6 +73,10 @@ format: $(STAMPS)/dev-tools
 # The sources must compile with a CUDA 12 compiler too.
 check-cuda12:
 	@tools/check_cuda12.sh build/cuda12
+
+# One case of the kernels' run on the CPU, as a failure prints it (docs/testing.md). Needs g++ alone.
+emulate:
+	@$(MAKE) -C tests/emulator emulate CASE=$(CASE) SEED=$(SEED)
 
 # ---- products ----
 # No torch, no Python: needs nvcc, and CMake and Ninja from PATH or from the virtual environment.

@@ -53,6 +53,7 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": toolchain.require_pybind11(),
             "GAN_TORCH_DIR": str(torch.directory),
             "GAN_CUDA_ARCHS": toolchain.parse_cuda_archs(os.environ.get("GAN_CUDA_ARCHS")),
+            "GAN_STRICT_ORDER": toolchain.parse_switch("GAN_STRICT_ORDER", os.environ),
         }
         print(f"gemma_ar_norm: torch {torch.version} in {torch.directory}")
         print(f"gemma_ar_norm: nvcc {nvcc.release} ({nvcc.path}), for {settings['GAN_CUDA_ARCHS']}")
@@ -89,10 +90,11 @@ def forget_other_tools(build: Path, tools: dict[str, str]) -> None:
     """Empties ``build`` when it was configured with other tools: CMake's cache breaks then.
 
     Each isolated build of pip has its own copies, in a directory that vanishes afterwards. Other
-    archs are no other tool.
+    archs are no other tool, nor is another order.
     """
     record = build / "tools.json"
-    now = {name: value for name, value in tools.items() if name != "GAN_CUDA_ARCHS"}
+    options = ("GAN_CUDA_ARCHS", "GAN_STRICT_ORDER")
+    now = {name: value for name, value in tools.items() if name not in options}
     if build.is_dir() and (not record.is_file() or json.loads(record.read_text()) != now):
         shutil.rmtree(build)
     build.mkdir(parents=True, exist_ok=True)

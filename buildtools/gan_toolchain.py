@@ -371,6 +371,15 @@ def parse_cuda_archs(text: str | None) -> str:
     return ";".join(archs) or DEFAULT_CUDA_ARCHS
 
 
+def parse_switch(name: str, environment: Mapping[str, str]) -> str:
+    """A variable that turns an option on, as CMake writes it: ``"1"`` -> ``"ON"``; nothing, ``"0"``
+    -> ``"OFF"``."""
+    text = environment.get(name, "")
+    if text not in ("", "0", "1"):
+        raise BuildError(f"{name}: 0 or 1 is required; got {text!r}; unset it for 0")
+    return "ON" if text == "1" else "OFF"
+
+
 def build_requirements(choice: NvccChoice) -> list[str]:
     """What a build needs beside pyproject.toml's build requirements: a compiler, without one."""
     return [] if choice.nvcc else list(PIP_CUDA_REQUIREMENTS)

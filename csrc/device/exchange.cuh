@@ -16,6 +16,8 @@
 // atomic is needed.
 //
 // A call has one deadline. See Wait for what happens then.
+//
+// docs/memory-model.md says of every access what it pairs with and what it relies on.
 #pragma once
 #include "gpu.cuh"
 #include "inbox.h"
@@ -35,6 +37,7 @@ template <uint32_t kRanks>
 GAN_DEVICE void report_failure(const ExchangeParams& exchange, uint64_t record) {
   InboxHeader* own = header_of(exchange.inbox);
   if (!claim_once(&own->failure_claim)) return;
+  fence_gpu();  // whoever sees a failed flag, below, sees the claim
 #pragma unroll 1
   for (uint32_t r = 0; r < kRanks; ++r) {
     // Pairs with the look at the board in reported_failure of rank r.
@@ -72,6 +75,10 @@ GAN_DEVICE uint64_t reported_failure(const ExchangeParams& exchange) {
   return record;
 }
 
+// By a thread that has learned of a failure: the team's other blocks, when they see a sum made of
+// its NaN, see the claim.
+GAN_DEVICE void join_failure() { fence_gpu(); }
+
 // Whether some thread of this rank has reported a failure.
 GAN_DEVICE bool has_failed(const ExchangeParams& exchange) {
   return load_relaxed_gpu(&header_of(exchange.inbox)->failure_claim) != 0;
@@ -99,8 +106,7 @@ class Wait {
       record = FailureRecord{missing, row, call}.bits();
     }
     report_failure<kRanks>(exchange, record);
-    cluster_fence();  // other blocks of the team see the report when they see a sum made of this
-                      // thread's NaN
+    join_failure();
     return true;
   }
 
@@ -146,6 +152,20 @@ GAN_DEVICE void advance_idle_copies(const ExchangeParams& exchange, const Call& 
 // This block's own copy, after a sum over the block's team: every thread has read it then.
 GAN_DEVICE void advance_own_copy(const ExchangeParams& exchange, const Call& call) {
   if (threadIdx.x == 0) store_relaxed_gpu(&own_copy(exchange)->number, call.number + 1);
+}
+
+// Relaxed accesses alone leave a gap: formally, nothing orders a rank's clears of call k before a
+// peer's pushes of call k + 2 into the same place. The default relies on what GPUs do: stores of a
+// completed kernel are performed. A build with GAN_STRICT_ORDER closes the gap by two fences in the
+// thread that has the first pack of row 0: before its pushes and after its polls for that row.
+#ifdef GAN_STRICT_ORDER
+inline constexpr bool kStrictOrder = true;
+#else
+inline constexpr bool kStrictOrder = false;
+#endif
+// `pack`: of the row, this thread's.
+GAN_DEVICE void order_calls(uint32_t row, uint32_t pack) {
+  if (kStrictOrder && row == 0 && pack == 0) fence_sys();
 }
 
 // ---- packs ----

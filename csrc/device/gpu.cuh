@@ -95,6 +95,12 @@ GAN_DEVICE uint64_t load_relaxed_sys(const uint64_t* from) {
 GAN_DEVICE void store_relaxed_sys(uint64_t* to, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(to), "l"(v) : "memory");
 }
+// What this thread saw and did before is seen by threads of any rank that learn of something it
+// does after.
+GAN_DEVICE void fence_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// The same among this rank's own threads.
+GAN_DEVICE void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // Words that only this rank's own kernels touch, from any of its SMs.
 GAN_DEVICE uint2 load_relaxed_gpu(const uint2* from) {
@@ -168,9 +174,6 @@ GAN_DEVICE void cluster_start() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
   asm volatile("barrier.cluster.wait;" ::: "memory");
 }
-// What this thread did before is seen by threads of the cluster that learn of something it does
-// after.
-GAN_DEVICE void cluster_fence() { asm volatile("fence.acq_rel.cluster;" ::: "memory"); }
 
 namespace detail {
 GAN_DEVICE uint32_t shared_address(const void* own) {
@@ -226,7 +229,6 @@ GAN_DEVICE void wait_for_bytes(ByteCounter* own, uint32_t parity) {
 // There is one block in every cluster: launch.cu sees to it.
 GAN_DEVICE Cluster this_cluster() { return {blockIdx.x, gridDim.x, 0, 1}; }
 GAN_DEVICE void cluster_start() {}
-GAN_DEVICE void cluster_fence() {}
 GAN_DEVICE void init_byte_counter(ByteCounter*) {}
 GAN_DEVICE void store_counted(uint32_t, float*, float, ByteCounter*) {}
 GAN_DEVICE void expect_bytes(ByteCounter*, uint32_t) {}

@@ -83,6 +83,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
 
   // 1.
   if (!call.broken) {
+    order_calls(team.first_row(), team.pack(0));
     if (kOnePack && norm.in_row(0)) push_to_all<kRanks>(exchange, slot(team.first_row(), 0), own);
 #pragma unroll 1
     for (uint32_t row = team.first_row() + (kOnePack ? team.row_step() : 0); row < rows.rows;
@@ -92,6 +93,8 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
         push_to_all<kRanks>(exchange, slot(row, j), norm.load_x(row, j));
       }
     }
+  } else {
+    join_failure();
   }
   if (params.trigger == Trigger::kAfterPush) grid_launch_dependents();
   advance_idle_copies(exchange, call);
@@ -111,6 +114,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
           if (all_full<kRanks>(from)) break;
           call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row, offset);
         }
+        order_calls(row, team.pack(j));
         if (!call.broken) sum = sum_in_rank_order<kType, kRanks>(exchange.rank, from, own);
       }
       // 3.

@@ -23,8 +23,8 @@
 namespace gan {
 
 inline constexpr uint32_t kSegmentPacks = kWarpLanes;
-// Of the longest row, and what rounding up to whole warps of every block adds at most: launch.cu
-// checks it.
+// Of the longest row, and what rounding up to whole warps of every block adds at most: is_possible
+// (kernel_table.cuh) checks it.
 inline constexpr uint32_t kMaxSegments = kMaxRowPacks / kSegmentPacks + 32;
 
 // Part of a kernel's shared memory. Two buffers, used in turn: a warp may be one reduction ahead of

@@ -1,10 +1,12 @@
 // The kernels of one dtype, chosen by number of ranks, packs a thread and form. Each
 // launch_<dtype>.cu instantiates it, so that they compile side by side. An algorithm is a line here
-// and a function in launch.cu.
+// and a function in launch.cu. Without CUDA, so that the emulator's tests have the same table.
 #pragma once
 #include "device/local_norm.cuh"
 #include "device/one_shot.cuh"
-#include "host/launch.h"
+#include "device/params.h"
+#include "device/row_norm.cuh"
+#include "host/plan.h"
 
 namespace gan {
 
@@ -22,6 +24,24 @@ struct KernelTable {
   static OneShot one_shot(uint32_t ranks, bool one_pack, Form form);  // null: not so many ranks
   static LocalNorm local_norm(bool one_pack, Form form);
 };
+
+inline Form form_of(const RowParams& row) {
+  if (row.residual == nullptr || row.weights_fp32 != 0) return Form::kAny;
+  return row.post_weight == nullptr ? Form::kResidual : Form::kSandwich;
+}
+
+// A thread's packs of a row, where it has several, lie there.
+inline uint32_t dynamic_shared_bytes(const LaunchShape& shape) {
+  return shape.packs_a_thread == 1 ? 0 : shape.packs_a_thread * shape.threads * kPackBytes;
+}
+
+// Whether the kernels can do these rows in this shape: a plan that is not Python's may be wrong.
+inline bool is_possible(const LaunchShape& shape, const RowParams& row) {
+  const uint32_t segments =
+      shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
+  return shape.blocks() <= kMaxBlocks && shape.teams <= row.rows && segments <= kMaxSegments &&
+         segments * kSegmentPacks >= row.row_packs;
+}
 
 namespace detail {
 

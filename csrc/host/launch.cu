@@ -26,24 +26,10 @@ auto with_dtype(DType dtype, Body body) {
   return body(KernelTable<DType::kFloat32>{});
 }
 
-Form form_of(const RowParams& row) {
-  if (row.residual == nullptr || row.weights_fp32 != 0) return Form::kAny;
-  return row.post_weight == nullptr ? Form::kResidual : Form::kSandwich;
-}
-
-uint32_t dynamic_shared_bytes(const LaunchShape& shape) {
-  return shape.packs_a_thread == 1 ? 0 : shape.packs_a_thread * shape.threads * kPackBytes;
-}
-
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape,
                    cudaStream_t stream) {
-  const uint32_t segments =
-      shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
-  if (kernel == nullptr || shape.blocks() > kMaxBlocks || shape.teams > params.row.rows ||
-      segments > kMaxSegments || segments * kSegmentPacks < params.row.row_packs) {
-    return cudaErrorInvalidConfiguration;
-  }
+  if (kernel == nullptr || !is_possible(shape, params.row)) return cudaErrorInvalidConfiguration;
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   config.gridDim = shape.blocks();

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "host/cuda_status.h"
+#include "host/exchange_setup.h"
 #include "host/launch.h"
 
 namespace gan {
@@ -134,6 +135,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
       rank_(rank),
       ranks_(ranks),
       inbox_bytes_(inbox_bytes),
+      timeout_ticks_(timeout_ticks_of(timeout_ns)),
       rules_(std::move(rules)) {
   if (ranks < 2 || ranks > kMaxRanks || rank >= ranks) {
     throw std::invalid_argument("ranks: 2 to " + std::to_string(kMaxRanks) +
@@ -152,12 +154,6 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
   check_cuda(preload_kernels(ranks), "kernels: a GPU that this build has code for is required");
   inbox_ = std::make_shared<DeviceInbox>(device, inbox_bytes);
   host_failure_ = pinned_word();
-  exchange_.rank = rank;
-  const uint64_t ticks = (timeout_ns + (uint64_t{1} << kTickBits) - 1) >> kTickBits;
-  exchange_.timeout_ticks =
-      static_cast<uint32_t>(std::min<uint64_t>(std::max<uint64_t>(ticks, 1), kMaxTimeoutTicks));
-  exchange_.stage_bytes = layout_.stage_bytes;
-  exchange_.host_failure = host_failure_.get();
   mapped_.assign(ranks, nullptr);
 }
 
@@ -219,14 +215,7 @@ void Workspace::connect_local(const std::vector<std::shared_ptr<Workspace>>& ran
 }
 
 void Workspace::connect(const std::vector<uint8_t*>& inboxes) {
-  exchange_.inbox = inboxes[rank_];
-  for (uint32_t i = 0; i < ranks_ - 1; ++i) {
-    // Each rank begins its pushes with the next one, so that they do not all go to the same.
-    const uint32_t peer = (rank_ + 1 + i) % ranks_;
-    exchange_.peer[i].push = inboxes[peer] + layout_.area_offset(area_of_source(rank_, peer));
-    exchange_.peer[i].poll = inboxes[rank_] + layout_.area_offset(i);
-  }
-  std::copy(inboxes.begin(), inboxes.end(), exchange_.peer_inbox);
+  exchange_ = exchange_params(layout_, rank_, inboxes, timeout_ticks_, host_failure_.get());
   connected_ = true;
 }
 

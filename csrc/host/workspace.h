@@ -75,6 +75,7 @@ class GAN_API Workspace {
   int device_;
   uint32_t rank_, ranks_;
   uint64_t inbox_bytes_;
+  uint32_t timeout_ticks_;
   InboxLayout layout_;
   std::vector<PlanRule> rules_;
   ExchangeParams exchange_{};

@@ -274,6 +274,14 @@ def test_wrong_cuda_archs_are_refused(text):
         toolchain.parse_cuda_archs(text)
 
 
+def test_a_switch_is_on_or_off():
+    switches = [toolchain.parse_switch("GAN_X", {"GAN_X": text}) for text in ("", "0", "1")]
+    assert switches == ["OFF", "OFF", "ON"]
+    assert toolchain.parse_switch("GAN_X", {}) == "OFF"
+    with pytest.raises(BuildError, match="GAN_X: 0 or 1 is required; got 'yes'"):
+        toolchain.parse_switch("GAN_X", {"GAN_X": "yes"})
+
+
 def test_cmake_has_the_same_defaults():
     text = (ROOT / "CMakeLists.txt").read_text()
     assert f'set(GAN_CUDA_ARCHS "{toolchain.DEFAULT_CUDA_ARCHS}")' in text

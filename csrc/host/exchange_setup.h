@@ -1,0 +1,40 @@
+// What a rank's kernels are told of the exchange, from where all inboxes are mapped. Plain
+// arithmetic, without CUDA: the emulator's tests use it too, so they test these addresses.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "device/inbox.h"
+#include "device/params.h"
+
+namespace gan {
+
+// Ticks that last `timeout_ns` at least, as far as ticks go.
+inline uint32_t timeout_ticks_of(uint64_t timeout_ns) {
+  const uint64_t part = timeout_ns % (uint64_t{1} << kTickBits) != 0;
+  const uint64_t ticks = (timeout_ns >> kTickBits) + part;
+  return static_cast<uint32_t>(std::clamp<uint64_t>(ticks, 1, kMaxTimeoutTicks));
+}
+
+// `inboxes`: by rank, as mapped in this process, the own one among them.
+inline ExchangeParams exchange_params(const InboxLayout& layout, uint32_t rank,
+                                      const std::vector<uint8_t*>& inboxes, uint32_t timeout_ticks,
+                                      uint64_t* host_failure) {
+  ExchangeParams exchange{};
+  exchange.inbox = inboxes[rank];
+  exchange.stage_bytes = layout.stage_bytes;
+  exchange.rank = rank;
+  for (uint32_t i = 0; i < layout.ranks - 1; ++i) {
+    // Each rank begins its pushes with the next one, so that they do not all go to the same.
+    const uint32_t peer = (rank + 1 + i) % layout.ranks;
+    exchange.peer[i].push = inboxes[peer] + layout.area_offset(area_of_source(rank, peer));
+    exchange.peer[i].poll = inboxes[rank] + layout.area_offset(i);
+  }
+  exchange.timeout_ticks = timeout_ticks;
+  exchange.host_failure = host_failure;
+  std::copy(inboxes.begin(), inboxes.end(), exchange.peer_inbox);
+  return exchange;
+}
+
+}  // namespace gan

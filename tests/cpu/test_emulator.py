@@ -1,0 +1,162 @@
+"""The kernels' own source on the CPU, under a scheduler that looks for trouble (tests/emulator).
+
+Each stage runs random cases from a fresh seed. A failure prints the command that repeats its case;
+GAN_EMULATOR_SEED repeats a whole run. docs/testing.md has more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import checks
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+EMULATOR = ROOT / "tests/emulator"
+BUILD = ROOT / "build/emulator"
+sys.path.insert(0, str(EMULATOR))
+
+import line_coverage  # noqa: E402
+import mutations  # noqa: E402
+from planted_bugs import BUGS  # noqa: E402
+
+PROCESSES = os.cpu_count() or 1
+SEED = int(os.environ.get("GAN_EMULATOR_SEED") or checks.fresh_seed())
+
+# Cases of each stage, and the build that it needs.
+STAGES = {
+    "fuzz": (2000, "plain"),
+    "weak": (500, "plain"),
+    "strict": (100, "strict"),
+    "tsan": (300, "tsan"),
+    "asan": (200, "asan"),
+    "full": (4, "plain"),
+    "faults": (600, "plain"),
+    "explore": (12, "plain"),
+}
+
+
+def make(target: str) -> None:
+    command = ["make", "-s", f"-j{PROCESSES}", "-C", str(EMULATOR), target]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, f"{built.stdout}{built.stderr}"
+
+
+def run(stage: str, base: int, cases: int) -> subprocess.CompletedProcess[str]:
+    program = BUILD / STAGES[stage][1] / "emulate"
+    command = [str(program), stage, "--base", str(base), "--cases", str(cases)]
+    if stage == "tsan" and shutil.which("setarch"):
+        command = ["setarch", "-R", *command]  # it does not start where addresses are too random
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stage(stage):
+    cases, build = STAGES[stage]
+    make(build)
+    base = 0 if stage == "explore" else SEED  # explorations are not random
+    share = -(-cases // PROCESSES)  # of the seeds, for each processor
+    parts = [(base + i, min(share, cases - i)) for i in range(0, cases, share)]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        for ran in pool.map(lambda part: run(stage, *part), parts):
+            print(ran.stdout)
+            assert ran.returncode == 0, (
+                f"GAN_EMULATOR_SEED={SEED}\n{ran.stdout}{ran.stderr[-4000:]}"
+            )
+
+
+def test_the_engine():
+    """The emulator itself, with small kernels of its own (engine_test*.cpp)."""
+    make("engine_test")
+    for program, count in (("plain/engine_test", 40), ("tsan/engine_test", 5)):
+        command = ["setarch", "-R"] if shutil.which("setarch") and "tsan" in program else []
+        ran = subprocess.run([*command, str(BUILD / program)], capture_output=True, text=True)
+        assert ran.returncode == 0, f"{ran.stdout}{ran.stderr}"
+        passed, failed = re.fullmatch(
+            r"(\d+) passed, (\d+) failed", ran.stdout.splitlines()[-1]
+        ).groups()
+        assert int(passed) >= count, ran.stdout
+        assert failed == "0"
+
+
+def test_a_case_repeats():
+    """By the command that a failure prints: the same case, described."""
+    command = ["make", "-s", "-C", str(ROOT), "emulate", "CASE=fuzz", "SEED=7"]
+    ran = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
+    assert ran[0].returncode == 0, ran[0].stderr
+    described = [r.stdout.splitlines()[:-1] for r in ran]  # the last line has the time
+    assert described[0] == described[1]
+    assert "buffers" in ran[0].stdout
+
+
+def test_without_its_fences_the_strict_stage_fails():
+    """The default order relies on more than the memory model says: docs/memory-model.md."""
+    make("plain")
+    command = [str(BUILD / "plain/emulate"), "strict", "--base", "0", "--cases", "20"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert "a relaxed store that nothing orders" in ran.stdout
+
+
+def test_every_planted_bug_is_caught():
+    assert len(BUGS) >= 20
+    for build in {mutations.FLAVOUR.get(stage, "plain") for bug in BUGS for stage in bug.caught_by}:
+        make(build)
+    wrong = mutations.survivors(BUGS)
+    assert wrong == [], "\n".join(wrong)
+
+
+def test_all_lines_of_the_kernels_are_executed():
+    total, _, wrong = line_coverage.measure()
+    assert wrong == []
+    assert total > 200
+
+
+# ---- the contract in C++ against reference.py
+
+
+@pytest.fixture(scope="module")
+def contract():
+    make("contract")
+    function = ctypes.CDLL(str(BUILD / "libcontract.so")).gan_contract
+    numbers = [ctypes.c_int32, *[ctypes.c_uint32] * 3]
+    options = [ctypes.c_int32, ctypes.c_float, ctypes.c_float]
+    function.argtypes = [*numbers, *[ctypes.c_void_p] * 4, *options, *[ctypes.c_void_p] * 2]
+    function.restype = None
+
+    def pointer(tensor):
+        return None if tensor is None else tensor.data_ptr()
+
+    def call(case: checks.Case) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.stack(case.xs)
+        ranks, rows, hidden = x.shape
+        outs = checks.poisoned_like(case.xs[0]), checks.poisoned_like(case.xs[0])
+        inputs = [pointer(t) for t in (x, case.residual, case.weight, case.post_weight)]
+        fp32_weights = case.weight.dtype == torch.float32 != x.dtype
+        options = [int(fp32_weights), case.eps, case.weight_bias]
+        dtype = checks.DTYPES.index(x.dtype)
+        function(dtype, ranks, rows, hidden, *inputs, *options, *map(pointer, outs))
+        return outs
+
+    return call
+
+
+@pytest.mark.parametrize("special", [None, *checks.SPECIALS])
+@pytest.mark.parametrize("form", checks.FORMS)
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+def test_the_contract_is_the_reference(contract, dtype, form, special):
+    for hidden in (8, 264, 640, 5376, 16384):
+        for weight_dtype in {dtype, torch.float32}:
+            options = {"weight_dtype": weight_dtype, "special": special, "weight_bias": hidden % 3}
+            case = checks.make_case(2 + hidden % 3, 4, hidden, dtype, form, **options)
+            for got, want in zip(contract(case), case.expected(), strict=True):
+                checks.assert_bit_equal(got, want, case)

@@ -1,0 +1,77 @@
+// Ranks that never come, stop half-way or are late, and what docs/design.md ("Deadline and
+// failure") promises of it to those that are there:
+//
+//   - whoever reports no failure has right results in every call;
+//   - whoever reports one has right results up to one call, in that call rows that are right or NaN
+//     in both outputs, and NaN rows in all calls after it;
+//   - the report names a rank that was missing, to everybody, and the same one where it is known;
+//   - the calls after it neither wait nor touch any inbox;
+//   - new inboxes work, also while a late rank is still there.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "harness.h"
+
+namespace gan::testing {
+
+enum class Fault {
+  kNeverComes,    // launches nothing from some call on
+  kStopsHalfWay,  // its threads stand still for ever
+  kLateInTime,    // ... until a time before any deadline
+  kLateTooLong,   // ... until a time after all deadlines
+  kLooksLate,     // deadlines end by chance, of any rank
+};
+
+// The state of a row on a rank.
+enum class RowState { kRight, kNan, kWrong };
+
+class FaultRun {
+ public:
+  FaultRun(uint64_t seed, const Limits& limits);
+  std::string description() const;
+  std::string run();
+
+ private:
+  // A launch that exchanges, in the order of call numbers.
+  struct Exchange {
+    const Call* call;
+    CallLaunch launch;
+    uint32_t call_index;
+  };
+
+  bool is_dead(uint32_t rank) const {
+    return rank == culprit_ && (fault_ == Fault::kNeverComes || fault_ == Fault::kStopsHalfWay);
+  }
+  bool has_failed(uint32_t rank) const { return harness_.memory(rank).failure_bits() != 0; }
+  bool anyone_has_failed() const;
+  void run_calls(emulator::World& world, size_t first, size_t count);
+  std::string run_calls_after_failure(emulator::World& world);
+  std::string run_with_new_inboxes(emulator::World& world) const;
+
+  std::string wrong_after_first_calls() const;
+  std::string wrong_rows(uint32_t rank) const;
+  std::string wrong_order(uint32_t rank, const std::vector<std::vector<RowState>>& rows) const;
+  std::string wrong_report(uint32_t rank) const;
+  std::string wrong_record(uint32_t rank) const;
+  size_t first_failed(uint32_t rank) const;
+  bool is_missing(uint32_t rank, const FailureRecord& record, const Exchange& exchange) const;
+  RowState state_of_row(uint32_t rank, const Call& call, uint64_t row) const;
+  std::string all_rows_are_nan(size_t call_index) const;
+  std::vector<Bytes> inbox_copies() const;
+
+  uint64_t seed_;
+  Limits limits_;
+  Random random_;
+  Case case_;
+  size_t first_calls_;  // the rest comes when the fault has shown
+  Fault fault_;
+  uint32_t culprit_;
+  size_t missing_from_;  // call; of kNeverComes
+  emulator::Options options_;
+  Harness harness_;
+  std::vector<Exchange> exchanges_;
+};
+
+}  // namespace gan::testing

@@ -1,0 +1,152 @@
+"""Builds the kernels with planted bugs (planted_bugs.py) and asks the stages to catch them.
+
+mutations.py [NAME ...]           each bug, by the stages that must catch it; fails if one does not
+mutations.py --table [NAME ...]   by all stages: the table in docs/testing.md
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from planted_bugs import BUGS, Bug
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+DIRECTORY = ROOT / "build/emulator/mutants"
+
+# Cases a stage may take. Fixed seeds: whether a bug is caught is no matter of chance.
+CASES = {"fuzz": 300, "weak": 40, "faults": 300, "explore": 2, "tsan": 90, "asan": 60, "full": 8}
+FLAVOUR = {"tsan": "tsan", "asan": "asan"}
+BASE = 0
+MAX_RANKS = 3  # of the kernels that are built
+TIMEOUT_S = 120
+
+
+class DoesNotFit(Exception):
+    """An edit's text is not in its file exactly once."""
+
+
+def mutated_sources(bug: Bug) -> Path:
+    """A copy of csrc with the bug, and with the kernels of few ranks only, for the sake of time."""
+    target = DIRECTORY / re.sub(r"\W+", "_", bug.name)
+    texts = {
+        path.relative_to(ROOT): path.read_text()
+        for folder in ("csrc/device", "csrc/host")
+        for path in sorted((ROOT / folder).glob("*.*h"))
+    }
+
+    def replace(file: str, old: str, new: str) -> None:
+        path = Path("csrc") / file
+        found = texts[path].count(old)
+        if found != 1:
+            raise DoesNotFit(f"{bug.name}: once in {path} is required; found {found} times:\n{old}")
+        texts[path] = texts[path].replace(old, new)
+
+    for edit in bug.edits:
+        replace(f"device/{edit.file}", edit.old, edit.new)
+    table = "host/kernel_table.cuh"
+    text = texts[Path("csrc") / table]
+    all_ranks = re.search(r"one_shot_of<kType, 4>,.*?(?=\n  \};)", text, re.DOTALL)
+    assert all_ranks is not None, f"{table}: the kernels' table has another form"
+    replace(table, all_ranks[0], "")
+    replace(table, "ranks > kMaxRanks", f"ranks > {MAX_RANKS}")
+    for path, text in texts.items():
+        file = target / path
+        if not file.is_file() or file.read_text() != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    return target
+
+
+def build(bug: Bug, flavour: str) -> Path:
+    target = mutated_sources(bug)
+    command = ["make", "-s", "-C", str(HERE), "mutant", f"MUTANT={target}", f"DTYPE={bug.dtype}"]
+    built = subprocess.run([*command, f"FLAVOUR={flavour}"], capture_output=True, text=True)
+    assert built.returncode == 0, f"{bug.name}:\n{built.stderr[-4000:]}"
+    return target / flavour / "emulate"
+
+
+def run_stage(program: Path, stage: str, dtype: str) -> str:
+    """Empty where the stage finds nothing, or what it finds, in a line."""
+    command = [program, stage, "--base", BASE, "--cases", CASES[stage], "--max-ranks", MAX_RANKS]
+    command += ["--dtype", dtype]
+    words = [*(["setarch", "-R"] if stage == "tsan" and shutil.which("setarch") else []), *command]
+    try:
+        ran = subprocess.run(
+            [str(word) for word in words],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"},
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes longer than {TIMEOUT_S} s"
+    if ran.returncode == 0:
+        return ""
+    output = ran.stdout + ran.stderr
+    found = re.search(r"FAILED: .*|\w+Sanitizer: [^(\n]*|runtime error: .*", output)
+    return found[0] if found else f"ends with {ran.returncode}"
+
+
+def catch(bug: Bug, stage: str) -> str:
+    return run_stage(build(bug, FLAVOUR.get(stage, "plain")), stage, bug.dtype)
+
+
+def survivors(bugs: tuple[Bug, ...], report=print) -> list[str]:
+    """What is wrong with the list: bugs that a stage does not catch, edits that do not fit."""
+
+    def check(bug: Bug) -> list[str]:
+        wrong = []
+        for stage in bug.caught_by:
+            try:
+                caught = catch(bug, stage)
+            except (DoesNotFit, AssertionError) as error:
+                return [str(error)]
+            if not caught:
+                wrong.append(f"{bug.name}: survives {stage}")
+            report(f"{bug.name}: {stage}: {caught or 'SURVIVES'}")
+        return wrong
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [line for lines in pool.map(check, bugs) for line in lines]
+
+
+def table(bugs: tuple[Bug, ...]) -> str:
+    stages = list(CASES)
+    lines = ["| planted bug | " + " | ".join(stages) + " |", "|---" * (len(stages) + 1) + "|"]
+
+    def row(bug: Bug) -> str:
+        return " | ".join("yes" if catch(bug, stage) else "" for stage in stages)
+
+    for flavour in ("plain", "tsan", "asan"):
+        subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for bug, cells in zip(bugs, pool.map(row, bugs), strict=True):
+            lines.append(f"| {bug.name} | {cells} |")
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> int:
+    names = [word for word in words if word != "--table"]
+    unknown = set(names) - {bug.name for bug in BUGS}
+    if unknown:
+        print(f"no such planted bug: {', '.join(unknown)}")
+        return 2
+    bugs = tuple(bug for bug in BUGS if not names or bug.name in names)
+    if "--table" in words:
+        print(table(bugs))
+        return 0
+    subprocess.run(["make", "-s", "-C", str(HERE), "plain"], check=True)
+    wrong = survivors(bugs)
+    print("\n".join(wrong) if wrong else f"{len(bugs)} planted bugs, all caught")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
