@@ -3,7 +3,7 @@
 // Data is the flag. Every word of an idle inbox is kEmptyWord; a sender stores data that never
 // equals it; a reader polls until no word of its pack is empty. Who reads, clears: having used a
 // pack the reader stores kEmptyWord back, so that between calls the whole inbox is empty, whatever
-// was called. There is no barrier and no fence.
+// was called. In a call that succeeds there is no barrier and no fence.
 //
 // Two stages are enough. Call k uses stage k % 2. A peer pushes call k + 2 only after it finished
 // call k + 1, for which it needed my rows of call k + 1, which I push only after my call k
@@ -44,7 +44,7 @@ GAN_DEVICE void report_failure(const ExchangeParams& exchange, uint64_t record) 
     store_relaxed_sys(&header_of(exchange.peer_inbox[r])->board[exchange.rank], record);
   }
   store_relaxed_sys(exchange.host_failure, record);
-  // Ordered before the next call by the end of this kernel. `number` is left to end_call.
+  // Ordered before the next call by the end of this kernel. The numbers advance as ever.
 #pragma unroll 1
   for (uint32_t i = 0; i < kMaxBlocks; ++i) store_relaxed_gpu(&own->call[i].failed, 1u);
 }

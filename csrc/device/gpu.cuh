@@ -132,6 +132,8 @@ GAN_DEVICE uint64_t clock_ns() {
 GAN_DEVICE float shuffle_xor(float value, uint32_t mask) {
   return __shfl_xor_sync(kFullWarp, value, mask);
 }
+// Unlike a shuffle, it also orders memory among the lanes.
+GAN_DEVICE void warp_sync() { __syncwarp(); }
 GAN_DEVICE void block_sync() { __syncthreads(); }
 
 // The block's one S. Not initialised.

@@ -128,6 +128,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
       // A thread of the team gave up, on this row as far as one can tell: none of it counts, and
       // the team waits no more.
       call.broken = true;
+      join_failure();
       norm.spoil(row);
     }
   }

@@ -296,8 +296,9 @@ class RowNorm {
     float* own = &sums_.sum[buffer][team_.segment(j)];
     if (team_.cluster.blocks == 1) {
       if (lane == 0) *own = segment;
-    } else if (lane < team_.cluster.blocks) {
-      store_counted(lane, own, segment, &sums_.received[buffer]);
+    } else {
+      warp_sync();  // with the sum goes what all lanes have done
+      if (lane < team_.cluster.blocks) store_counted(lane, own, segment, &sums_.received[buffer]);
     }
   }
 

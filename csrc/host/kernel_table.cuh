@@ -39,7 +39,8 @@ inline uint32_t dynamic_shared_bytes(const LaunchShape& shape) {
 inline bool is_possible(const LaunchShape& shape, const RowParams& row) {
   const uint32_t segments =
       shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
-  return shape.blocks() <= kMaxBlocks && shape.teams <= row.rows && segments <= kMaxSegments &&
+  return shape.teams > 0 && shape.teams <= row.rows && shape.blocks() <= kMaxBlocks &&
+         shape.threads % kSegmentPacks == 0 && segments <= kMaxSegments &&
          segments * kSegmentPacks >= row.row_packs;
 }
 

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,16 +32,40 @@ from planted_bugs import BUGS  # noqa: E402
 PROCESSES = os.cpu_count() or 1
 SEED = int(os.environ.get("GAN_EMULATOR_SEED") or checks.fresh_seed())
 
-# Cases of each stage, and the build that it needs.
-STAGES = {
-    "fuzz": (2000, "plain"),
-    "weak": (500, "plain"),
-    "strict": (100, "strict"),
-    "tsan": (300, "tsan"),
-    "asan": (200, "asan"),
-    "full": (4, "plain"),
-    "faults": (600, "plain"),
-    "explore": (12, "plain"),
+STAGES = ("fuzz", "weak", "strict", "tsan", "asan", "full", "faults", "explore")
+
+# What must be among the launches and the cases of a stage, in hundredths.
+SHARES = {
+    "of several warps": 10,
+    "of clusters": 45,
+    "of clusters whose last block has packs": 15,
+    "of clusters of several warps": 5,
+    "of several packs a thread": 10,
+    "of several packs a thread in sandwich form": 2,
+    "alone": 20,
+    "early at start": 15,
+    "early after push": 15,
+    "in plain form": 15,
+    "in residual form": 20,
+    "in sandwich form": 20,
+    "cases that exchange": 100,
+    "cases whose number wraps": 8,
+}
+SHARES_OF_STAGE = {
+    "fuzz": {**SHARES, "calls of several launches": 1, "cases of more than four ranks": 4},
+    "weak": SHARES,
+    "strict": SHARES,
+    "tsan": SHARES,
+    "asan": SHARES,
+    "faults": {**SHARES, "cases of weak memory": 40, "recoveries": 25},
+}
+LEAST_LARGE_GRIDS = 5  # of fuzz
+# Of the cases with a fault, how many end in a failure.
+FAILING = {
+    "never comes": 60,
+    "stops half-way": 50,
+    "is late, too long": 50,
+    "looks late": 30,
 }
 
 
@@ -50,8 +75,16 @@ def make(target: str) -> None:
     assert built.returncode == 0, f"{built.stdout}{built.stderr}"
 
 
-def run(stage: str, base: int, cases: int) -> subprocess.CompletedProcess[str]:
-    program = BUILD / STAGES[stage][1] / "emulate"
+def stages() -> dict[str, tuple[str, int]]:
+    """The build that a stage needs, and how many cases it has."""
+    make("plain")
+    listed = subprocess.check_output([str(BUILD / "plain/emulate"), "list"], text=True)
+    lines = [line.split() for line in listed.splitlines()]
+    return {name: (build, int(cases)) for name, build, cases in lines}
+
+
+def run(stage: str, build: str, base: int, cases: int) -> subprocess.CompletedProcess[str]:
+    program = BUILD / build / "emulate"
     command = [str(program), stage, "--base", str(base), "--cases", str(cases)]
     if stage == "tsan" and shutil.which("setarch"):
         command = ["setarch", "-R", *command]  # it does not start where addresses are too random
@@ -59,19 +92,43 @@ def run(stage: str, base: int, cases: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+def statistics_of(output: str) -> Counter[str]:
+    [line] = re.findall(r"^statistics: (.*)$", output, re.MULTILINE)
+    return Counter({what: int(n) for what, n in re.findall(r"(\D+) (\d+)(?:, |$)", line)})
+
+
+def assert_shares(stage: str, counts: Counter[str]) -> None:
+    """What the stage is there for has been among its cases."""
+    for what, least in SHARES_OF_STAGE.get(stage, {}).items():
+        of = counts["cases" if what.startswith(("cases", "recoveries")) else "launches"]
+        assert 100 * counts[what] >= least * of, f"{what}: {counts[what]} of {of}"
+    if stage == "fuzz":
+        assert counts["of large grids"] >= LEAST_LARGE_GRIDS
+    if stage == "faults":
+        for fault, least in FAILING.items():
+            failures = counts[f"failures where a rank {fault}"]
+            of = counts[f"cases where a rank {fault}"]
+            assert 100 * failures >= least * of > 0, f"{fault}: {failures} of {of}"
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage(stage):
-    cases, build = STAGES[stage]
+    build, cases = stages()[stage]
     make(build)
     base = 0 if stage == "explore" else SEED  # explorations are not random
     share = -(-cases // PROCESSES)  # of the seeds, for each processor
     parts = [(base + i, min(share, cases - i)) for i in range(0, cases, share)]
+    counts: Counter[str] = Counter()
     with ThreadPoolExecutor(PROCESSES) as pool:
-        for ran in pool.map(lambda part: run(stage, *part), parts):
+        for ran in pool.map(lambda part: run(stage, build, *part), parts):
             print(ran.stdout)
-            assert ran.returncode == 0, (
-                f"GAN_EMULATOR_SEED={SEED}\n{ran.stdout}{ran.stderr[-4000:]}"
-            )
+            assert ran.returncode == 0, f"GAN_EMULATOR_SEED={SEED}\n{ran.stdout}{ran.stderr}"
+            counts += statistics_of(ran.stdout)
+    assert_shares(stage, counts)
+
+
+def test_all_stages_are_run():
+    assert set(STAGES) == set(stages())
 
 
 def test_the_engine():
@@ -109,7 +166,7 @@ def test_without_its_fences_the_strict_stage_fails():
 
 def test_every_planted_bug_is_caught():
     assert len(BUGS) >= 20
-    for build in {mutations.FLAVOUR.get(stage, "plain") for bug in BUGS for stage in bug.caught_by}:
+    for build in ("plain", *mutations.FLAVOUR.values()):
         make(build)
     wrong = mutations.survivors(BUGS)
     assert wrong == [], "\n".join(wrong)

@@ -20,13 +20,13 @@ static Watched* find_watched(Thread& thread, WordSet words) {
   return found == end ? nullptr : found;
 }
 
-Handling begin_access(Access access, const void* address, uint32_t words, uint32_t word_bytes,
-                      Site site) {
+Handling begin_access(Access access, Scope scope, const void* address, uint32_t words,
+                      uint32_t word_bytes, Site site) {
   const Quiet quiet;
-  return running->begin_access(access, address, words, word_bytes, site);
+  return running->begin_access(access, scope, address, words, word_bytes, site);
 }
 
-Handling World::State::begin_access(Access access, const void* address, uint32_t words,
+Handling World::State::begin_access(Access access, Scope scope, const void* address, uint32_t words,
                                     uint32_t word_bytes, Site site) {
   Thread& thread = *current;
   const uint32_t bytes = words * word_bytes;
@@ -34,6 +34,7 @@ Handling World::State::begin_access(Access access, const void* address, uint32_t
   thread.site = site;
   count_access(thread);
   const WordSet accessed = words_at(address, bytes);
+  check_scope(scope, accessed, site);
   bool is_news = true;
   if (access == Access::kRelaxedLoad) {
     Watched* watched = find_watched(thread, accessed);
@@ -146,10 +147,14 @@ void World::State::sleep_until_written(Thread& thread) {
 }
 
 // For deadlines that end while others run, some threads poll on without sleep: long enough for two
-// looks at the clock (exchange.cuh).
+// looks at the clock (exchange.cuh). Those of the eager rank do so until it is plain that nothing
+// but the clock can go on.
 bool World::State::polls_eagerly(Thread& thread) {
   constexpr uint32_t kOneThreadIn = 16, kEagerPolls = 192;
-  if (!options.time_passes || options.one_look_late == 0) return false;
+  constexpr uint64_t kMostInVain = 1 << 20;
+  if (!options.time_passes) return false;
+  if (thread.rank() == options.eager_rank) return vain_polls < kMostInVain;
+  if (options.one_look_late == 0) return false;
   if (thread.eager_polls == 0 && !random.one_in(kOneThreadIn)) return false;
   if (thread.eager_polls == 0) thread.eager_polls = kEagerPolls;
   return --thread.eager_polls != 0;
@@ -194,6 +199,19 @@ void World::State::note_store(WordSet words) {
 
 // ---- races and old values ----
 
+// Accesses of .gpu scope are atomic only among threads of one GPU. The model allows some by others
+// that fences order, but the kernels have none, so none is let pass.
+void World::State::check_scope(Scope scope, WordSet words, Site site) {
+  const uint32_t own = 1u << current->rank();
+  for (uint32_t i = 0; i < kWordsAGranule; ++i) {
+    if ((words.mask >> i & 1u) == 0) continue;
+    Users& users = granules[words.granule].users[i];
+    users.ranks |= own;
+    users.gpu_scope |= scope == Scope::kGpu;
+    if (users.gpu_scope && users.ranks != own) fail_here("race: .gpu accesses of two ranks", site);
+  }
+}
+
 void World::State::detect_races(Access access, const void* address, WordSet words, Site site) {
   const RaceDetector::Conflict conflict = races.access(current->clock, words.granule, words.mask,
                                                        stores(access), !is_relaxed(access), site);
@@ -225,8 +243,9 @@ uint64_t modelled_load(const void* word, uint32_t bytes) {
   const Quiet quiet;
   World::State& world = *running;
   Thread& thread = *world.current;
-  const MemoryModel::Loaded loaded = world.memory_model.load(
-      thread.clock, thread.acquired, word_number(world, word), newest_value(word, bytes));
+  const MemoryModel::Loaded loaded =
+      world.memory_model.load({thread.clock, thread.rank(), thread.acquired},
+                              word_number(world, word), newest_value(word, bytes));
   thread.last_watched->has_news |= loaded.is_old;
   return loaded.value;
 }
@@ -237,7 +256,7 @@ void modelled_store(void* word, uint32_t bytes, uint64_t value) {
   Thread& thread = *world.current;
   const bool is_ordered =
       world.memory_model.store(thread.clock, word_number(world, word), newest_value(word, bytes),
-                               {value, &thread.released, false});
+                               {value, thread.rank(), &thread.released, false});
   if (world.options.strict && !is_ordered) {
     world.fail_here("race: a relaxed store that nothing orders after another one", thread.site);
   }
@@ -249,21 +268,23 @@ bool modelled_claim(uint32_t* word) {
   World::State& world = *running;
   Thread& thread = *world.current;
   const uint32_t number = word_number(world, word);
-  world.memory_model.load_newest(thread.clock, thread.acquired, number, *word);
+  world.memory_model.load_newest({thread.clock, thread.rank(), thread.acquired}, number, *word);
   if (*word != 0) return false;
-  world.memory_model.store(thread.clock, number, *word, {1, &thread.released, true});
+  world.memory_model.store(thread.clock, number, *word, {1, thread.rank(), &thread.released, true});
   *word = 1;
   return true;
 }
 
-void fence() {
+void fence(Scope scope) {
   const Quiet quiet;
   Thread& thread = *running->current;
   if (!running->keeps_clocks()) return;
-  thread.clock.others.learn(thread.acquired);
-  thread.released = thread.clock.others;
-  thread.released.learn(thread.number, thread.clock.epoch++);
-  thread.fenced = thread.released;
+  thread.clock.others.learn(thread.acquired.gpu);
+  if (scope == Scope::kSystem) thread.clock.others.learn(thread.acquired.system);
+  thread.fenced = thread.clock.others;
+  thread.fenced.learn(thread.number, thread.clock.epoch++);
+  thread.released.gpu = thread.fenced;
+  if (scope == Scope::kSystem) thread.released.system = thread.fenced;
 }
 
 }  // namespace gan::emulator

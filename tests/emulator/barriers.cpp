@@ -70,26 +70,47 @@ void block_barrier(Site site) {
   take(world, block.barrier);
 }
 
-uint32_t exchange_in_warp(uint32_t bits, uint32_t lane_mask, Site site) {
-  const Quiet quiet;
+// With all lanes; true for the last to come.
+static bool meet_in_warp(Status status, Site site) {
   World::State& world = *running;
   const Thread& thread = *world.current;
   Block& block = *thread.block;
   Warp& warp = block.warps[thread.index / kLanes];
+  if (block.threads.size() % kLanes != 0) world.fail_here("waits for part of a warp", site);
+  if (!world.arrive(warp.barrier, kLanes, warp.finished_lanes, site)) return false;
+  world.let_go_on(block, thread.index / kLanes * kLanes, kLanes, status);
+  return true;
+}
+
+void warp_barrier(Site site) {
+  const Quiet quiet;
+  World::State& world = *running;
+  const Thread& thread = *world.current;
+  Barrier& barrier = thread.block->warps[thread.index / kLanes].barrier;
+  bring(world, barrier);
+  if (meet_in_warp(Status::kWarpSync, site)) {
+    pass(barrier);
+  } else {
+    world.wait(Status::kWarpSync);
+  }
+  take(world, barrier);
+}
+
+// It orders nothing: a shuffle is no barrier of memory.
+uint32_t exchange_in_warp(uint32_t bits, uint32_t lane_mask, Site site) {
+  const Quiet quiet;
+  World::State& world = *running;
+  const Thread& thread = *world.current;
+  Warp& warp = thread.block->warps[thread.index / kLanes];
   const uint32_t lane = thread.index % kLanes;
-  if (block.threads.size() % kLanes != 0) world.fail_here("shuffles in part of a warp", site);
   // Two, in turn: a lane may be at the next exchange before others have read of this one.
   uint32_t* brought = warp.bits[warp.exchanges % 2];
   brought[lane] = bits;
-  bring(world, warp.barrier);
-  if (world.arrive(warp.barrier, kLanes, warp.finished_lanes, site)) {
+  if (meet_in_warp(Status::kShuffle, site)) {
     ++warp.exchanges;
-    pass(warp.barrier);
-    world.let_go_on(block, thread.index - lane, kLanes, Status::kShuffle);
   } else {
     world.wait(Status::kShuffle);
   }
-  take(world, warp.barrier);
   return brought[(lane ^ lane_mask) % kLanes];
 }
 

@@ -15,23 +15,34 @@ T one_of(Random& random, std::initializer_list<T> choices) {
   return choices.begin()[random.below(static_cast<uint32_t>(choices.size()))];
 }
 
-// Many short rows, some that a thread has several packs of.
-uint32_t random_row_packs(Random& random, const Limits& limits) {
-  const uint32_t most = one_of(random, {1u, 3u, 8u, 8u, 33u, 33u, 70u, 300u});
-  return 1 + random.below(std::min(most, limits.max_row_packs));
+// A row and the team that shares it.
+struct TeamShape {
+  uint32_t row_packs, blocks, max_threads;
+};
+
+// Half of them so that every block of the team, to its last warp, has packs; the others short rows,
+// for many calls in little time, and blocks without packs.
+TeamShape random_team(Random& random, const Limits& limits) {
+  TeamShape team;
+  team.blocks = one_of(random, {1u, 1u, 2u, 2u, 3u, 4u});
+  team.max_threads = std::min(one_of(random, {32u, 64u, 64u, 128u}), limits.max_block_threads);
+  uint32_t packs = one_of(random, {1u, 1u, 1u, 2u, 3u});
+  if (random.one_in(2)) {
+    team.row_packs = 1 + random.below(one_of(random, {1u, 3u, 8u, 33u}));
+    return team;
+  }
+  while (packs * team.blocks * team.max_threads > limits.max_row_packs) {
+    uint32_t& less = packs > 1 ? packs : team.blocks > 2 ? team.blocks : team.max_threads;
+    less = (less + 1) / 2;
+  }
+  team.row_packs = packs * team.blocks * team.max_threads - random.below(team.max_threads);
+  return team;
 }
 
-PlanRule random_rule(Random& random, const Limits& limits, uint32_t ranks, bool early) {
-  PlanRule rule{};
-  rule.max_rows = rule.max_row_packs = UINT32_MAX;
-  rule.blocks_a_team = one_of(random, {1u, 1u, 2u, 4u});
-  rule.max_threads = std::min(one_of(random, {32u, 32u, 64u, 128u}), limits.max_block_threads);
-  rule.trigger = early ? one_of(random, {Trigger::kAtStart, Trigger::kAfterPush}) : Trigger::kNever;
-  rule.multiprocessors = 1 + random.below(2);  // few, so that there are more rows than teams
-  const uint32_t most_blocks = rule.multiprocessors * kBlocksAMultiprocessor;
-  while (rule.max_threads > 32 && ranks * most_blocks * rule.max_threads > limits.max_call_threads)
-    rule.max_threads /= 2;
-  return rule;
+// Few multiprocessors, so that there are more rows than teams.
+PlanRule rule_of(const TeamShape& team, Trigger trigger, uint32_t multiprocessors) {
+  return {UINT32_MAX,       UINT32_MAX, Algorithm::kOneShot, team.blocks,
+          team.max_threads, trigger,    multiprocessors};
 }
 
 constexpr uint32_t kUsualRanks = 4;
@@ -44,32 +55,46 @@ class CaseMaker {
 
   Case make() {
     choose_group();
-    const uint32_t row_packs[] = {random_row_packs(random_, limits_),
-                                  random_row_packs(random_, limits_)};
+    const TeamShape teams[] = {random_team(random_, limits_), random_team(random_, limits_)};
     const bool early = random_.below(3) != 0;
     const bool one_stream = random_.below(4) != 0;
-    const uint32_t calls = 1 + random_.below(limits_.max_calls);
-    max_bytes_ = uint64_t{limits_.max_rows} * std::max(row_packs[0], row_packs[1]) * kPackBytes;
+    const bool large = limits_.large_grids && case_.ranks == kMinRanks && random_.one_in(16);
+    const uint32_t more = case_.ranks > kUsualRanks || large ? 2 : limits_.max_calls;
+    const uint32_t calls = limits_.min_calls +
+                           random_.below(std::max(more, limits_.min_calls) - limits_.min_calls + 1);
+    max_rows_ = large ? 100 + random_.below(301) : limits_.max_rows;
+    const uint32_t most_packs = large ? 1 : std::max(teams[0].row_packs, teams[1].row_packs);
+    max_bytes_ = uint64_t{max_rows_} * most_packs * kPackBytes;
     for (uint32_t i = 0; i < calls; ++i) {
       Call call;
       call.kernel = random_kernel();
-      call.rows = random_.below(limits_.max_rows + 1);
-      call.row_packs = row_packs[random_.below(2)];
-      call.rule = random_rule(random_, limits_, case_.ranks, early && random_.below(8) != 0);
       call.stream = one_stream ? 0 : random_.below(2);
+      const Trigger trigger = early && random_.below(8) != 0
+                                  ? one_of(random_, {Trigger::kAtStart, Trigger::kAfterPush})
+                                  : Trigger::kNever;
+      if (large) {
+        choose_large_shape(call, trigger);
+      } else {
+        choose_shape(call, teams[random_.below(2)], trigger);
+      }
       choose_inputs(call);
       choose_outputs(call);
       case_.calls.push_back(call);
     }
+    exchange_at_least_once();
     choose_area();
     return case_;
   }
 
  private:
   void choose_group() {
-    case_.ranks = 2 + random_.below(std::min(limits_.max_ranks, kUsualRanks) - 1);
-    if (limits_.max_ranks > kUsualRanks && random_.one_in(24))
-      case_.ranks = kUsualRanks + 1 + random_.below(limits_.max_ranks - kUsualRanks);
+    const auto between = [&](uint32_t least, uint32_t most) {
+      return least + random_.below(most - least + 1);
+    };
+    case_.ranks = between(limits_.min_ranks,
+                          std::max(limits_.min_ranks, std::min(limits_.max_ranks, kUsualRanks)));
+    if (limits_.max_ranks > kUsualRanks && random_.one_in(12))
+      case_.ranks = between(std::max(limits_.min_ranks, kUsualRanks + 1), limits_.max_ranks);
     case_.dtype = limits_.dtypes[random_.below(static_cast<uint32_t>(limits_.dtypes.size()))];
     case_.repeats = !limits_.may_repeat || random_.below(3) != 0 ? 1 : 2 + random_.below(2);
     // 0, 1, or so that the number wraps on the way.
@@ -82,8 +107,46 @@ class CaseMaker {
 
   // Mostly those that exchange.
   uint32_t random_kernel() {
-    const uint32_t kernel = random_.below(kKernelCount);
-    return kKernels[kernel].exchanges || random_.one_in(2) ? kernel : random_.below(kKernelCount);
+    return random_.one_in(4) ? random_.below(kKernelCount) : random_exchange(random_);
+  }
+
+  void choose_shape(Call& call, TeamShape team, Trigger trigger) {
+    call.rows = random_.below(limits_.max_rows + 1);
+    call.row_packs = team.row_packs;
+    // Another team for the same row: calls next to each other have other shapes.
+    if (random_.one_in(4)) team.blocks = one_of(random_, {1u, 2u, 4u});
+    call.rule = rule_of(team, trigger, 1 + random_.below(2));
+    const auto is_too_large = [&] {
+      const LaunchShape shape =
+          shape_of(call.rule, std::max<uint64_t>(call.rows, 1), call.row_packs);
+      return case_.ranks * shape.blocks() * shape.threads > limits_.max_call_threads;
+    };
+    while (is_too_large()) {
+      if (call.rule.multiprocessors > 1) {
+        call.rule.multiprocessors = 1;
+      } else if (call.rows > 1) {
+        call.rows /= 2;  // fewer teams, rather than blocks of fewer warps
+      } else if (call.rule.max_threads > 32) {
+        call.rule.max_threads /= 2;
+      } else {
+        call.rule.blocks_a_team = 1;
+      }
+    }
+  }
+  // Up to as many blocks as a launch can have.
+  void choose_large_shape(Call& call, Trigger trigger) {
+    call.rows = max_rows_ - random_.below(max_rows_ / 4);
+    call.row_packs = 1;
+    const TeamShape team = {1, one_of(random_, {1u, 1u, 2u}), 32};
+    call.rule = rule_of(team, trigger, 20 + random_.below(113));
+  }
+  void exchange_at_least_once() {
+    for (const Call& call : case_.calls) {
+      if (kKernels[call.kernel].exchanges && call.rows > 0) return;
+    }
+    Call& call = case_.calls[random_.below(static_cast<uint32_t>(case_.calls.size()))];
+    call.kernel = random_exchange(random_);
+    call.rows = std::max<uint64_t>(call.rows, 1);
   }
 
   uint32_t new_buffer(uint64_t bytes, bool is_input) {
@@ -130,14 +193,17 @@ class CaseMaker {
   void choose_area() {
     uint64_t row = 1;
     for (const Call& call : case_.calls) row = std::max(row, row_bytes_of(call));
+    // In large grids two launches a call: more would take too long.
+    const uint32_t least = max_rows_ > limits_.max_rows ? max_rows_ / 2 : 1;
     const uint64_t rows =
-        random_.one_in(4) ? 1 + random_.below(limits_.max_rows) : limits_.max_rows;
+        random_.one_in(4) ? least + random_.below(max_rows_ - least + 1) : max_rows_;
     case_.area_bytes = round_up(rows * row, kAreaAlignment);
   }
 
   const Limits& limits_;
   Random random_;
   Case case_;
+  uint32_t max_rows_ = 0;
   uint64_t max_bytes_ = 0;
   std::vector<uint32_t> written_;  // by the calls so far
 };
@@ -163,17 +229,17 @@ emulator::Options random_options(uint64_t seed, const Case& c) {
                                      emulator::Schedule::kBursts, emulator::Schedule::kRoundRobin});
   options.tear = random.one_in(2);
   options.any_block_order = random.one_in(2);
+  // The kernel that runs has all its blocks; the next may have to wait with some of its own.
   if (random.one_in(2)) {
-    uint32_t blocks = 1;
-    for (const Call& call : c.calls) {
-      for (const CallLaunch& launch : launches_of(c, call))
-        blocks = std::max(blocks, launch.shape.blocks());
-    }
-    options.resident_blocks = 2 * blocks + random.below(3);
+    const uint32_t blocks = most_blocks_of(c);
+    options.resident_blocks = blocks + random.below(blocks);
   }
   return options;
 }
 
+uint64_t inbox_bytes_of(const Case& c) {
+  return kHeaderBytes + kStages * (c.ranks - 1) * c.area_bytes;
+}
 uint64_t row_bytes_of(const Call& call) { return uint64_t{call.row_packs} * kPackBytes; }
 
 uint32_t hidden_of(const Case& c, const Call& call) {
@@ -183,13 +249,22 @@ uint32_t hidden_of(const Case& c, const Call& call) {
 // As Workspace::run: a call without rows launches nothing.
 std::vector<CallLaunch> launches_of(const Case& c, const Call& call) {
   std::vector<CallLaunch> launches;
-  const uint64_t most =
-      kKernels[call.kernel].exchanges ? c.area_bytes / row_bytes_of(call) : UINT32_MAX;
+  const InboxLayout layout = InboxLayout::of(c.ranks, inbox_bytes_of(c));
+  const uint64_t most = kKernels[call.kernel].max_rows(layout, row_bytes_of(call));
   for (uint64_t first = 0; first < call.rows; first += most) {
     const uint64_t rows = std::min(most, call.rows - first);
     launches.push_back({first, rows, shape_of(call.rule, rows, call.row_packs)});
   }
   return launches;
+}
+
+uint32_t most_blocks_of(const Case& c) {
+  uint32_t most = 1;
+  for (const Call& call : c.calls) {
+    for (const CallLaunch& launch : launches_of(c, call))
+      most = std::max(most, launch.shape.blocks());
+  }
+  return most;
 }
 
 uint32_t exchanges_of(const Case& c) {
@@ -238,6 +313,7 @@ std::string describe(const emulator::Options& options) {
   if (options.any_block_order) text << ", blocks in any order";
   if (options.resident_blocks != 0) text << ", " << options.resident_blocks << " resident blocks";
   if (options.one_look_late != 0) text << ", one look of " << options.one_look_late << " late";
+  if (options.eager_rank != UINT32_MAX) text << ", rank " << options.eager_rank << " eager";
   for (const emulator::Stall& stall : options.stalls) {
     text << ", rank " << stall.rank << " stands still after " << stall.after_accesses
          << " accesses";

@@ -10,6 +10,7 @@
 
 #include "device/params.h"
 #include "engine.h"
+#include "host/kernel_table.cuh"
 #include "host/plan.h"
 #include "random.h"
 
@@ -58,13 +59,14 @@ struct Case {
 
 // What a stage leaves out, for the sake of its time.
 struct Limits {
-  uint32_t max_ranks = kMaxRanks;  // rarely more than 4
+  uint32_t min_ranks = kMinRanks, max_ranks = kMaxRanks;  // now and then more than 4
   std::vector<DType> dtypes = {DType::kBFloat16, DType::kFloat16, DType::kFloat32};
-  uint32_t max_calls = 6;
+  uint32_t min_calls = 1, max_calls = 6;
   uint32_t max_rows = 9;
-  uint32_t max_row_packs = 300;
+  uint32_t max_row_packs = 512;
   uint32_t max_block_threads = 128;
   uint32_t max_call_threads = 1024;  // of a launch on all ranks
+  bool large_grids = false;          // now and then hundreds of blocks, whatever the limits
   bool specials = true;
   bool reads_results = true;  // calls read what earlier ones wrote
   bool may_repeat = true;
@@ -81,9 +83,12 @@ struct CallLaunch {
   LaunchShape shape;
 };
 std::vector<CallLaunch> launches_of(const Case& c, const Call& call);
+// Of the largest launch.
+uint32_t most_blocks_of(const Case& c);
 // How far all repeats advance the call number.
 uint32_t exchanges_of(const Case& c);
 
+uint64_t inbox_bytes_of(const Case& c);
 uint64_t row_bytes_of(const Call& call);
 uint32_t hidden_of(const Case& c, const Call& call);
 

@@ -1,5 +1,6 @@
 #include "contract.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>

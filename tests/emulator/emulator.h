@@ -23,8 +23,9 @@ inline constexpr uint32_t kFullWarp = 0xffffffffu;
 namespace emulator {
 
 template <typename Word, uint32_t kWords>
-void load_relaxed(const Word* from, Word (&to)[kWords], Site site) {
-  const Handling handling = begin_access(Access::kRelaxedLoad, from, kWords, sizeof(Word), site);
+void load_relaxed(Scope scope, const Word* from, Word (&to)[kWords], Site site) {
+  const Handling handling =
+      begin_access(Access::kRelaxedLoad, scope, from, kWords, sizeof(Word), site);
   for (uint32_t i = 0; i < kWords; ++i) {
     const uint32_t word = handling.torn ? next_word(i) : i;
     if (handling.modelled) {
@@ -36,8 +37,9 @@ void load_relaxed(const Word* from, Word (&to)[kWords], Site site) {
 }
 
 template <typename Word, uint32_t kWords>
-void store_relaxed(Word* to, const Word (&from)[kWords], Site site) {
-  const Handling handling = begin_access(Access::kRelaxedStore, to, kWords, sizeof(Word), site);
+void store_relaxed(Scope scope, Word* to, const Word (&from)[kWords], Site site) {
+  const Handling handling =
+      begin_access(Access::kRelaxedStore, scope, to, kWords, sizeof(Word), site);
   for (uint32_t i = 0; i < kWords; ++i) {
     const uint32_t word = handling.torn ? next_word(i) : i;
     if (handling.modelled) {
@@ -53,69 +55,74 @@ void store_relaxed(Word* to, const Word (&from)[kWords], Site site) {
 // ---- memory ----
 
 inline uint4 load(const uint4* from, emulator::Site site = emulator::Site::here()) {
-  emulator::begin_access(emulator::Access::kLoad, from, 4, 4, site);
+  emulator::begin_access(emulator::Access::kLoad, emulator::Scope::kSystem, from, 4, 4, site);
   return *from;
 }
 inline void store(uint4* to, uint4 value, emulator::Site site = emulator::Site::here()) {
-  emulator::begin_access(emulator::Access::kStore, to, 4, 4, site);
+  emulator::begin_access(emulator::Access::kStore, emulator::Scope::kSystem, to, 4, 4, site);
   *to = value;
 }
 
 inline uint4 load_relaxed_sys(const uint4* from, emulator::Site site = emulator::Site::here()) {
   uint32_t words[4];
-  emulator::load_relaxed(reinterpret_cast<const uint32_t*>(from), words, site);
+  emulator::load_relaxed(emulator::Scope::kSystem, reinterpret_cast<const uint32_t*>(from), words,
+                         site);
   return {words[0], words[1], words[2], words[3]};
 }
 inline void store_relaxed_sys(uint4* to, uint4 value,
                               emulator::Site site = emulator::Site::here()) {
   const uint32_t words[] = {value.x, value.y, value.z, value.w};
-  emulator::store_relaxed(reinterpret_cast<uint32_t*>(to), words, site);
+  emulator::store_relaxed(emulator::Scope::kSystem, reinterpret_cast<uint32_t*>(to), words, site);
 }
 inline uint64_t load_relaxed_sys(const uint64_t* from,
                                  emulator::Site site = emulator::Site::here()) {
   uint64_t words[1];
-  emulator::load_relaxed(from, words, site);
+  emulator::load_relaxed(emulator::Scope::kSystem, from, words, site);
   return words[0];
 }
 inline void store_relaxed_sys(uint64_t* to, uint64_t value,
                               emulator::Site site = emulator::Site::here()) {
   const uint64_t words[] = {value};
-  emulator::store_relaxed(to, words, site);
+  emulator::store_relaxed(emulator::Scope::kSystem, to, words, site);
 }
 
 inline uint2 load_relaxed_gpu(const uint2* from, emulator::Site site = emulator::Site::here()) {
   uint32_t words[2];
-  emulator::load_relaxed(reinterpret_cast<const uint32_t*>(from), words, site);
+  emulator::load_relaxed(emulator::Scope::kGpu, reinterpret_cast<const uint32_t*>(from), words,
+                         site);
   return {words[0], words[1]};
 }
 inline uint32_t load_relaxed_gpu(const uint32_t* from,
                                  emulator::Site site = emulator::Site::here()) {
   uint32_t words[1];
-  emulator::load_relaxed(from, words, site);
+  emulator::load_relaxed(emulator::Scope::kGpu, from, words, site);
   return words[0];
 }
 inline void store_relaxed_gpu(uint32_t* to, uint32_t value,
                               emulator::Site site = emulator::Site::here()) {
   const uint32_t words[] = {value};
-  emulator::store_relaxed(to, words, site);
+  emulator::store_relaxed(emulator::Scope::kGpu, to, words, site);
 }
 inline bool claim_once(uint32_t* word, emulator::Site site = emulator::Site::here()) {
-  if (emulator::begin_access(emulator::Access::kReadModifyWrite, word, 1, 4, site).modelled) {
-    return emulator::modelled_claim(word);
-  }
+  const emulator::Handling handling = emulator::begin_access(
+      emulator::Access::kReadModifyWrite, emulator::Scope::kGpu, word, 1, 4, site);
+  if (handling.modelled) return emulator::modelled_claim(word);
   uint32_t expected = 0;
   return __atomic_compare_exchange_n(word, &expected, 1u, false, __ATOMIC_RELAXED,
                                      __ATOMIC_RELAXED);
 }
 
-inline void fence_sys() { emulator::fence(); }
-inline void fence_gpu() { emulator::fence(); }
+inline void fence_sys() { emulator::fence(emulator::Scope::kSystem); }
+inline void fence_gpu() { emulator::fence(emulator::Scope::kGpu); }
 inline uint64_t clock_ns() { return emulator::read_clock(); }
 
 // ---- warps and blocks ----
 
 inline float shuffle_xor(float value, uint32_t mask, emulator::Site site = emulator::Site::here()) {
   return float_of(emulator::exchange_in_warp(bits_of(value), mask, site));
+}
+inline void warp_sync(emulator::Site site = emulator::Site::here()) {
+  emulator::warp_barrier(site);
 }
 inline void block_sync(emulator::Site site = emulator::Site::here()) {
   emulator::block_barrier(site);

@@ -1,6 +1,7 @@
 // Launches, and the loop that runs them: see engine.h.
 #include "engine.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "sanitizers.h"
@@ -29,6 +30,8 @@ World::State::~State() {
 
 World::World(uint32_t ranks, Options options) {
   const Quiet quiet;
+  constexpr uint32_t kMostRanks = 32;  // bits of Users::ranks
+  if (ranks == 0 || ranks > kMostRanks) throw std::invalid_argument("ranks: 1 to 32 are required");
   state_ = std::make_unique<State>(ranks, std::move(options));
 }
 World::~World() {
@@ -78,11 +81,14 @@ void World::wait_for_stream(uint32_t rank, uint32_t stream, uint32_t earlier) {
   }
 }
 
-void World::run() {
+void World::run() { run(false); }
+void World::run_except_stalled() { run(true); }
+
+void World::run(bool leaves_stalled) {
   const Quiet quiet;
   release(state_.get());
   running = state_.get();
-  state_->run();
+  state_->run(leaves_stalled);
   for (Rank& rank : state_->ranks) {
     for (Stream& stream : rank.streams) {
       for (const auto& grid : stream.grids) acquire(grid.get());
@@ -96,9 +102,9 @@ void World::run() {
 uint64_t World::switches() const { return state_->switches; }
 uint64_t World::now_ns() const { return state_->now_ns; }
 
-bool World::State::is_complete() const {
+bool World::State::is_complete(bool leaves_stalled) const {
   for (const Rank& rank : ranks) {
-    if (rank.stands_still && rank.stall->until_ns == Stall::kForEver) continue;
+    if (rank.stands_still && (leaves_stalled || rank.stall->until_ns == Stall::kForEver)) continue;
     for (const Stream& stream : rank.streams) {
       if (stream.completed != stream.grids.size()) return false;
     }
@@ -106,9 +112,9 @@ bool World::State::is_complete() const {
   return true;
 }
 
-void World::State::run() {
+void World::State::run(bool leaves_stalled) {
   note_progress();
-  while (!is_complete()) {
+  while (!is_complete(leaves_stalled)) {
     Thread* next = next_ready();
     if (next == nullptr) next = directed();
     if (next != nullptr) {
@@ -119,6 +125,7 @@ void World::State::run() {
     if (failure != nullptr) std::rethrow_exception(std::exchange(failure, nullptr));
   }
   // What the host does next is ordered after all this.
+  for (Granule& granule : granules) std::fill_n(granule.users, kWordsAGranule, Users{});
   races.forget_all();
   memory_model.forget_all();
 }

@@ -75,6 +75,9 @@ struct Options {
   // unless
   bool time_passes = false;    // then the clock goes on where all wait, and
   uint32_t one_look_late = 0;  // ... one look at the clock of so many finds every deadline over
+  // ... all threads of this rank poll on without sleep, so that they look at the clock while others
+  // run and data arrives
+  uint32_t eager_rank = UINT32_MAX;
   std::vector<Stall> stalls;
 
   Director* director = nullptr;  // accesses of 16 bytes are whole then
@@ -111,6 +114,9 @@ class World {
   // Until all launches have completed, those of ranks that stand still for ever apart. Throws
   // Failure. More may be launched and run afterwards.
   void run();
+  // The same, but does not wait for ranks that stand still by now either: what they left undone is
+  // done in the next run.
+  void run_except_stalled();
 
   uint64_t switches() const;  // between fibers, so far
   uint64_t now_ns() const;    // the clock
@@ -118,6 +124,8 @@ class World {
   struct State;
 
  private:
+  void run(bool leaves_stalled);
+
   std::unique_ptr<State> state_;
 };
 
@@ -133,6 +141,9 @@ struct Site {
 };
 
 enum class Access : uint8_t { kLoad, kStore, kRelaxedLoad, kRelaxedStore, kReadModifyWrite };
+// Of a relaxed access or a fence: it counts among the threads of one rank, or of all. Ordinary
+// accesses have none, and say kSystem.
+enum class Scope : uint8_t { kGpu, kSystem };
 
 // How an access is to be made.
 struct Handling {
@@ -140,8 +151,8 @@ struct Handling {
   bool modelled;  // by modelled_load, modelled_store and modelled_claim
 };
 // Before each access. Others may run first.
-Handling begin_access(Access access, const void* address, uint32_t words, uint32_t word_bytes,
-                      Site site);
+Handling begin_access(Access access, Scope scope, const void* address, uint32_t words,
+                      uint32_t word_bytes, Site site);
 // Which word of a torn access is next, after `done` of them. Others may run first.
 uint32_t next_word(uint32_t done);
 // A word of 4 or 8 bytes, by the memory model.
@@ -149,10 +160,11 @@ uint64_t modelled_load(const void* word, uint32_t bytes);
 void modelled_store(void* word, uint32_t bytes, uint64_t value);
 bool modelled_claim(uint32_t* word);
 
-void fence();
+void fence(Scope scope);
 uint64_t read_clock();
 
 void block_barrier(Site site);
+void warp_barrier(Site site);
 uint32_t exchange_in_warp(uint32_t bits, uint32_t lane_mask, Site site);
 
 // Memory of the block: `slot` 0 is the dynamic one, new_shared_slot() gives the others.

@@ -101,6 +101,38 @@ void test_clusters() {
           "six turns");
   });
 
+  test("with a counted store goes what its lane has fenced, or lanes it met in warp_sync", [] {
+    const auto is_old = [](const Options& given, bool fences, bool syncs) {
+      Options options = given;
+      options.weak = true;
+      uint32_t word[4] = {};
+      bool old = false;
+      const std::string failure = outcome(1, options, [&](World& world) {
+        world.launch(cluster(2, 2), [&, fences, syncs] {
+          auto& received = block_shared<Received>();
+          if (threadIdx.x == 0) init_byte_counter(&received.counter);
+          cluster_start();
+          if (blockIdx.x == 0) {
+            if (threadIdx.x == 1) store_relaxed_gpu(word, 1);
+            if (threadIdx.x == 1 && fences) fence_gpu();
+            shuffle_xor(1.0f, 1);
+            if (syncs) warp_sync();
+            if (threadIdx.x == 0) store_counted(1, received.value, 1.0f, &received.counter);
+          } else {
+            if (threadIdx.x == 0) expect_bytes(&received.counter, sizeof(float));
+            wait_for_bytes(&received.counter, 0);
+            old |= load_relaxed_gpu(word) == 0;
+          }
+        });
+      });
+      check(failure.empty(), failure);
+      return old;
+    };
+    check(for_every_seed([&](const Options& o) { return !is_old(o, true, true); }), "it does");
+    check(for_some_seed([&](const Options& o) { return is_old(o, false, true); }), "not fenced");
+    check(for_some_seed([&](const Options& o) { return is_old(o, true, false); }), "not met");
+  });
+
   test("leaving while stores are under way is found", [] {
     const auto run = [](const Options& options) {
       return outcome(1, options, [&](World& world) {

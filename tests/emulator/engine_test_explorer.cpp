@@ -43,10 +43,10 @@ static std::string run_program(const Program& program, const Options& options,
             for (const Step& step : program[i]) {
               uint32_t* word = &words.at[step.word];
               if (step.what == Step::kStore) {
-                store_relaxed_gpu(word, step.value);
+                store_word(word, step.value);
               } else {
-                uint32_t value = load_relaxed_gpu(word);
-                while (step.what == Step::kPoll && value == 0) value = load_relaxed_gpu(word);
+                uint32_t value = load_word(word);
+                while (step.what == Step::kPoll && value == 0) value = load_word(word);
                 of_thread[i].push_back(value);
               }
             }
@@ -143,8 +143,7 @@ void test_explorer() {
           word[0] = 0;
           const std::string failure = outcome(2, options, [](World& world) {
             for (uint32_t rank = 0; rank < 2; ++rank) {
-              world.launch(one_thread(rank),
-                           [] { store_relaxed_gpu(word, load_relaxed_gpu(word) + 1); });
+              world.launch(one_thread(rank), [] { store_word(word, load_word(word) + 1); });
             }
           });
           return !failure.empty() ? failure : word[0] == 2 ? "" : "an update is lost";
@@ -164,9 +163,9 @@ void test_explorer() {
               launch.starts_early = true;
               world.launch(launch, [] {
                 grid_dependency_wait();
-                store_relaxed_gpu(&words[threadIdx.x], 1);
+                store_word(&words[threadIdx.x], 1);
                 block_sync();
-                load_relaxed_gpu(&words[31 - threadIdx.x]);
+                load_word(&words[31 - threadIdx.x]);
               });
             }
           });
@@ -187,11 +186,11 @@ void test_explorer() {
             Launch launch = one_thread(0);
             launch.threads = 32;
             world.launch(launch, [] {
-              if (threadIdx.x == 0) store_relaxed_gpu(words, 1);
+              if (threadIdx.x == 0) store_word(words, 1);
               block_sync();
-              if (threadIdx.x == 1) store_relaxed_gpu(words, 2);
+              if (threadIdx.x == 1) store_word(words, 2);
             });
-            world.launch(one_thread(1), [&] { value = load_relaxed_gpu(words); });
+            world.launch(one_thread(1), [&] { value = load_word(words); });
           });
           read.insert(value);
           return failure;
@@ -213,10 +212,10 @@ void test_explorer() {
             for (uint32_t kernel = 0; kernel < 4; ++kernel) {
               for (uint32_t rank = 0; rank < 2; ++rank) {
                 world.launch(one_thread(rank), [place = kernel % 2, rank] {
-                  store_relaxed_gpu(&inbox[1 - rank][place], 1);
-                  while (load_relaxed_gpu(&inbox[rank][place]) == 0) {
+                  store_word(&inbox[1 - rank][place], 1);
+                  while (load_word(&inbox[rank][place]) == 0) {
                   }
-                  store_relaxed_gpu(&inbox[rank][place], 0);
+                  store_word(&inbox[rank][place], 0);
                 });
               }
             }

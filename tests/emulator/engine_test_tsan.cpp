@@ -46,6 +46,15 @@ void block(World& world, bool orders) {
   });
 }
 
+void warp(World& world, bool orders) {
+  world.launch(shape(0), [orders] {
+    store_by(3);
+    shuffle_xor(1.0f, 1);
+    if (orders) warp_sync();
+    load_by(2);
+  });
+}
+
 void early_start(World& world, bool orders) {
   world.launch(shape(0), [] {
     grid_launch_dependents();
@@ -124,6 +133,7 @@ int main() {
     const char* name;
     void (*launch)(World&, bool);
   } kCases[] = {{"shared memory, block_sync", block},
+                {"a warp, warp_sync", warp},
                 {"an early start, grid_dependency_wait", early_start},
                 {"two streams, an event", streams},
                 {"store_counted, wait_for_bytes", cluster},

@@ -5,6 +5,7 @@
 #include "fault_run.h"
 #include "kernels.h"
 #include "stages.h"
+#include "statistics.h"
 
 namespace gan::testing {
 namespace {
@@ -18,23 +19,27 @@ constexpr size_t kCallsAfter = 2;
 // calls have rows and are exchanges.
 Case independent_case(uint64_t seed, Limits limits) {
   limits.reads_results = false;
-  limits.specials = false;
   limits.may_repeat = false;
+  limits.min_calls = kCallsAfter + 1;
   Case c = random_case(seed, limits);
-  while (c.calls.size() <= kCallsAfter) c = random_case(++seed * 977, limits);
+  Random random(seed ^ 0xfa02);
+  c.specials = random.one_in(3) ? Specials::kFew : Specials::kNone;
   for (size_t i = c.calls.size() - kCallsAfter; i < c.calls.size(); ++i) {
-    c.calls[i].kernel = 0;
+    c.calls[i].kernel = random_exchange(random);
     c.calls[i].rows = std::max<uint64_t>(c.calls[i].rows, 1);
   }
   return c;
 }
 
+Case recovery_case(uint64_t seed, Limits limits, uint32_t ranks) {
+  limits.min_ranks = limits.max_ranks = std::max(ranks, kMinRanks);
+  return random_case(seed + 1, limits);
+}
+
 }  // namespace
 
 FaultRun::FaultRun(uint64_t seed, const Limits& limits)
-    : seed_(seed),
-      limits_(limits),
-      random_(seed ^ 0xfa01),
+    : random_(seed ^ 0xfa01),
       case_(independent_case(seed, limits)),
       first_calls_(case_.calls.size() - kCallsAfter),
       fault_(static_cast<Fault>(random_.below(5))),
@@ -42,9 +47,14 @@ FaultRun::FaultRun(uint64_t seed, const Limits& limits)
       missing_from_(random_.below(static_cast<uint32_t>(first_calls_))),
       options_(random_options(seed, case_)),
       harness_(case_) {
+  for (uint32_t rank = 0; rank < case_.ranks; ++rank) {
+    if (!is_dead(rank)) survivors_.push_back(rank);
+  }
+  recovery_ = recovery_case(seed, limits, static_cast<uint32_t>(survivors_.size()));
+  if (options_.resident_blocks != 0)
+    options_.resident_blocks = std::max(options_.resident_blocks, most_blocks_of(recovery_));
   options_.time_passes = true;
-  options_.weak = random_.one_in(6);
-  options_.resident_blocks = 0;
+  options_.weak = random_.one_in(2);
   constexpr uint64_t kLong = 200 * Harness::kTimeoutNs;
   const uint64_t accesses = random_.below(4u << random_.below(12));
   switch (fault_) {
@@ -60,7 +70,8 @@ FaultRun::FaultRun(uint64_t seed, const Limits& limits)
       options_.stalls = {{culprit_, accesses, kLong}};
       break;
     case Fault::kLooksLate:
-      options_.one_look_late = 32u << 2 * random_.below(3);
+      options_.one_look_late = 1u << random_.below(5);
+      options_.eager_rank = culprit_;
       break;
   }
   for (uint32_t i = 0; i < case_.calls.size(); ++i) {
@@ -77,6 +88,12 @@ std::string FaultRun::description() const {
   if (fault_ == Fault::kNeverComes) text << " from call " << missing_from_ << " on";
   text << "; the last " << kCallsAfter << " calls come afterwards; " << describe(options_);
   return text.str();
+}
+
+void FaultRun::count_it() const {
+  count_case(case_);
+  count(std::string("cases where a rank ") + kFaultNames[static_cast<int>(fault_)]);
+  if (options_.weak) count("cases of weak memory");
 }
 
 // ---- the run ----
@@ -98,9 +115,11 @@ std::string FaultRun::run() {
     std::string wrong = wrong_after_first_calls();
     if (!wrong.empty()) return wrong;
     if (!anyone_has_failed()) return "";
+    count(std::string("failures where a rank ") + kFaultNames[static_cast<int>(fault_)]);
     wrong = run_calls_after_failure(world);
-    if (!wrong.empty() || fault_ != Fault::kLateTooLong) return wrong;
-    return run_with_new_inboxes(world);
+    if (!wrong.empty() || survivors_.size() < kMinRanks) return wrong;
+    // Looks that are late would end its calls too.
+    return fault_ == Fault::kLooksLate ? run_with_new_inboxes() : run_with_new_inboxes(world);
   } catch (const emulator::Failure& failure) {
     return failure.what();
   }
@@ -129,15 +148,19 @@ std::string FaultRun::run_calls_after_failure(emulator::World& world) {
 }
 
 std::string FaultRun::run_with_new_inboxes(emulator::World& world) const {
-  Limits limits = limits_;
-  limits.max_ranks = case_.ranks;
-  Case c = random_case(seed_ + 1, limits);
-  while (c.ranks != case_.ranks) c = random_case(++c.seed * 31, limits);
-  Harness anew(c);
+  count("recoveries");
+  Harness anew(recovery_, survivors_);
   anew.queue_all(world);
   world.run();
   const std::string wrong = anew.wrong();
   return wrong.empty() ? "" : "with new inboxes, " + wrong;
+}
+std::string FaultRun::run_with_new_inboxes() const {
+  emulator::Options options = options_;
+  options.one_look_late = 0;
+  options.eager_rank = UINT32_MAX;
+  emulator::World world(case_.ranks, options);
+  return run_with_new_inboxes(world);
 }
 
 // Without the call numbers, which go on.
@@ -155,6 +178,7 @@ std::vector<Bytes> FaultRun::inbox_copies() const {
 std::string run_fault_case(uint64_t seed, const Limits& limits, std::string& description) {
   FaultRun run(seed, limits);
   description = run.description();
+  run.count_it();
   return run.run();
 }
 

@@ -36,17 +36,22 @@ std::string FaultRun::wrong_after_first_calls() const {
 }
 
 RowState FaultRun::state_of_row(uint32_t rank, const Call& call, uint64_t row) const {
-  bool right = true, all_nan = true;
+  bool right = true, nan = true, nan_by_contract = true, each_right_or_nan = true;
   const uint64_t offset = row * row_bytes_of(call);
   for (const uint32_t buffer : {call.norm_out, call.residual_out}) {
     const uint8_t* got = harness_.memory(rank).buffers[buffer].data() + offset;
     const uint8_t* expected = harness_.expected(0)[rank][buffer].data() + offset;
     for (uint32_t i = 0; i < hidden_of(case_, call); ++i) {
-      right = right && same_element(case_.dtype, got, expected, i);
-      all_nan = all_nan && is_nan_element(case_.dtype, got, i);
+      const bool is_right = same_element(case_.dtype, got, expected, i);
+      const bool is_nan = is_nan_element(case_.dtype, got, i);
+      right = right && is_right;
+      nan = nan && is_nan;
+      each_right_or_nan = each_right_or_nan && (is_right || is_nan);
+      if (buffer == call.norm_out)
+        nan_by_contract = nan_by_contract && is_nan_element(case_.dtype, expected, i);
     }
   }
-  return right ? RowState::kRight : all_nan ? RowState::kNan : RowState::kWrong;
+  return {right, nan, nan_by_contract && each_right_or_nan};
 }
 
 std::string FaultRun::wrong_rows(uint32_t rank) const {
@@ -58,8 +63,8 @@ std::string FaultRun::wrong_rows(uint32_t rank) const {
       for (uint64_t row = launch.first_row; row < launch.first_row + launch.rows; ++row) {
         states.push_back(state_of_row(rank, call, row));
         const bool is_legal = kKernels[call.kernel].exchanges && has_failed(rank)
-                                  ? states.back() != RowState::kWrong
-                                  : states.back() == RowState::kRight;
+                                  ? states.back().is_legal()
+                                  : states.back().is_right;
         if (is_legal) continue;
         return "call " + std::to_string(i) + ", row " + std::to_string(row) +
                ": neither right nor, after a reported failure, NaN";
@@ -73,23 +78,34 @@ std::string FaultRun::wrong_rows(uint32_t rank) const {
 // Right calls, one call of which some rows at least are NaN, calls of which all are.
 std::string FaultRun::wrong_order(uint32_t rank,
                                   const std::vector<std::vector<RowState>>& rows) const {
-  const auto is_nan_row = [](RowState state) { return state == RowState::kNan; };
-  const auto has_nan = [&](const std::vector<RowState>& states) {
-    return std::any_of(states.begin(), states.end(), is_nan_row);
+  const auto any = [](const std::vector<RowState>& states, bool (RowState::*is_so)() const) {
+    return std::any_of(states.begin(), states.end(),
+                       [=](const RowState& state) { return (state.*is_so)(); });
   };
-  const auto failed = std::find_if(rows.begin(), rows.end(), has_nan);
-  if (failed == rows.end()) return "a failure is reported, but no row is NaN";
-  for (auto later = failed + 1; later != rows.end(); ++later) {
-    if (!std::all_of(later->begin(), later->end(), is_nan_row))
-      return "a call after the failed one has a row that is not NaN";
+  const auto all_nan = [](const std::vector<RowState>& states) {
+    return std::all_of(states.begin(), states.end(),
+                       [](const RowState& state) { return state.is_nan; });
+  };
+  const auto first = [&](bool (RowState::*is_so)() const) {
+    const auto found = std::find_if(rows.begin(), rows.end(),
+                                    [&](const auto& states) { return any(states, is_so); });
+    return static_cast<size_t>(found - rows.begin());
+  };
+  if (first(&RowState::may_be_failed) == rows.size())
+    return "a failure is reported, but no row is NaN";
+  // Or before, where nobody can tell.
+  const size_t failed = first(&RowState::is_failed);
+  for (size_t later = failed + 1; later < rows.size(); ++later) {
+    if (!all_nan(rows[later])) return "a call after the failed one has a row that is not NaN";
   }
   if (fault_ != Fault::kNeverComes) return "";
-  const auto index = static_cast<size_t>(failed - rows.begin());
-  if (!std::all_of(failed->begin(), failed->end(), is_nan_row))
+  size_t missing = 0;
+  while (exchanges_[missing].call_index < missing_from_) ++missing;
+  if (failed < missing) return "failed before the rank was missing";
+  if (!all_nan(rows[missing]))
     return "a row is not NaN although rank " + std::to_string(culprit_) + " was missing";
-  if (exchanges_[index].call_index < missing_from_) return "failed before the rank was missing";
   const FailureRecord record = FailureRecord::of(harness_.memory(rank).failure_bits());
-  if (record.call != case_.first_call + static_cast<uint32_t>(index))
+  if (record.call != case_.first_call + static_cast<uint32_t>(missing))
     return "the report names another call";
   return "";
 }
@@ -128,9 +144,24 @@ std::string FaultRun::wrong_record(uint32_t rank) const {
   bool found_out = false;
   for (uint32_t r = 0; r < case_.ranks; ++r) {
     found_out |= r != record.peer && harness_.memory(r).failure_bits() == bits &&
+                 fails_as_reported(r, record) &&
                  (!is_dead(record.peer) || is_missing(r, record, exchanges_[index]));
   }
   return found_out ? "" : "nobody misses what the report names";
+}
+
+// Whether the rank may be the one that made the report: it has failed in the call and in the row.
+bool FaultRun::fails_as_reported(uint32_t rank, const FailureRecord& record) const {
+  const uint32_t index = record.call - case_.first_call;
+  for (uint32_t i = 0; i <= index; ++i) {
+    const Exchange& exchange = exchanges_[i];
+    for (uint64_t row = 0; row < exchange.launch.rows; ++row) {
+      const RowState state = state_of_row(rank, *exchange.call, exchange.launch.first_row + row);
+      if (i < index && state.is_failed()) return false;
+      if (i == index && row == record.row && !state.may_be_failed()) return false;
+    }
+  }
+  return true;
 }
 
 // The first of exchanges_ in which the rank has a row that is NaN.
@@ -139,7 +170,7 @@ size_t FaultRun::first_failed(uint32_t rank) const {
     const Exchange& exchange = exchanges_[i];
     const uint64_t first = exchange.launch.first_row;
     for (uint64_t row = first; row < first + exchange.launch.rows; ++row) {
-      if (state_of_row(rank, *exchange.call, row) == RowState::kNan) return i;
+      if (state_of_row(rank, *exchange.call, row).may_be_failed()) return i;
     }
   }
   return exchanges_.size();
@@ -162,7 +193,7 @@ std::string FaultRun::all_rows_are_nan(size_t call_index) const {
   for (uint32_t rank = 0; rank < case_.ranks; ++rank) {
     if (is_dead(rank)) continue;
     for (uint64_t row = 0; row < call.rows; ++row) {
-      if (state_of_row(rank, call, row) == RowState::kNan) continue;
+      if (state_of_row(rank, call, row).is_nan) continue;
       return "rank " + std::to_string(rank) + ", call " + std::to_string(call_index) + ", row " +
              std::to_string(row) + ": not NaN in a call after the failed one";
     }

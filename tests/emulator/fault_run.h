@@ -5,8 +5,14 @@
 //   - whoever reports one has right results up to one call, in that call rows that are right or NaN
 //     in both outputs, and NaN rows in all calls after it;
 //   - the report names a rank that was missing, to everybody, and the same one where it is known;
+//     and some rank has failed in the call and the row that it names;
 //   - the calls after it neither wait nor touch any inbox;
-//   - new inboxes work, also while a late rank is still there.
+//   - new inboxes work: of those that are there, while a rank that stopped half-way still stands in
+//     its kernel; of all ranks, once a late one has come.
+//
+// Where the inputs have NaN, a row can be NaN in norm_out by the contract. The threads that see
+// this cannot tell it from a failure of which they know, and each takes it for one or not: then
+// each element of residual_out is right or NaN.
 #pragma once
 #include <string>
 #include <vector>
@@ -24,13 +30,23 @@ enum class Fault {
   kLooksLate,     // deadlines end by chance, of any rank
 };
 
-// The state of a row on a rank.
-enum class RowState { kRight, kNan, kWrong };
+// A row on a rank.
+struct RowState {
+  bool is_right, is_nan;
+  bool is_nan_anyway;  // norm_out is NaN by the contract, and each element of residual_out right or
+                       // NaN
+
+  // Of a rank that has failed.
+  bool is_legal() const { return is_right || may_be_failed(); }
+  bool may_be_failed() const { return is_nan || is_nan_anyway; }
+  bool is_failed() const { return may_be_failed() && !is_right; }
+};
 
 class FaultRun {
  public:
   FaultRun(uint64_t seed, const Limits& limits);
   std::string description() const;
+  void count_it() const;  // in the statistics
   std::string run();
 
  private:
@@ -49,6 +65,7 @@ class FaultRun {
   void run_calls(emulator::World& world, size_t first, size_t count);
   std::string run_calls_after_failure(emulator::World& world);
   std::string run_with_new_inboxes(emulator::World& world) const;
+  std::string run_with_new_inboxes() const;
 
   std::string wrong_after_first_calls() const;
   std::string wrong_rows(uint32_t rank) const;
@@ -56,19 +73,20 @@ class FaultRun {
   std::string wrong_report(uint32_t rank) const;
   std::string wrong_record(uint32_t rank) const;
   size_t first_failed(uint32_t rank) const;
+  bool fails_as_reported(uint32_t rank, const FailureRecord& record) const;
   bool is_missing(uint32_t rank, const FailureRecord& record, const Exchange& exchange) const;
   RowState state_of_row(uint32_t rank, const Call& call, uint64_t row) const;
   std::string all_rows_are_nan(size_t call_index) const;
   std::vector<Bytes> inbox_copies() const;
 
-  uint64_t seed_;
-  Limits limits_;
   Random random_;
   Case case_;
   size_t first_calls_;  // the rest comes when the fault has shown
   Fault fault_;
   uint32_t culprit_;
   size_t missing_from_;  // call; of kNeverComes
+  std::vector<uint32_t> survivors_;
+  Case recovery_;  // with new inboxes, of the survivors
   emulator::Options options_;
   Harness harness_;
   std::vector<Exchange> exchanges_;

@@ -13,10 +13,6 @@ namespace {
 
 constexpr uint8_t kEmptyByte = 0xff;
 
-uint64_t inbox_bytes_of(const Case& c) {
-  return kHeaderBytes + kStages * (c.ranks - 1) * c.area_bytes;
-}
-
 RankMemory new_memory(const Case& c) {
   RankMemory memory{GuardedMemory(inbox_bytes_of(c)), GuardedMemory(sizeof(uint64_t)), {}};
   for (const Buffer& buffer : c.buffers) memory.buffers.emplace_back(buffer.bytes);
@@ -35,8 +31,9 @@ std::string of_rank(uint32_t rank) { return "rank " + std::to_string(rank) + ": 
 
 }  // namespace
 
-Harness::Harness(const Case& c)
+Harness::Harness(const Case& c, std::vector<uint32_t> world_ranks)
     : case_(c),
+      world_ranks_(std::move(world_ranks)),
       layout_(InboxLayout::of(c.ranks, inbox_bytes_of(c))),
       last_stream_(c.ranks, 0),
       wrong_in_repeat_(c.ranks) {
@@ -77,6 +74,7 @@ void Harness::start_again() {
 void Harness::launch(emulator::World& world, emulator::Launch launch,
                      std::function<void()> kernel) {
   uint32_t& last = last_stream_[launch.rank];
+  if (!world_ranks_.empty()) launch.rank = world_ranks_[launch.rank];
   if (last != launch.stream) world.wait_for_stream(launch.rank, launch.stream, last);
   last = launch.stream;
   world.launch(launch, std::move(kernel));

@@ -37,8 +37,9 @@ class Harness {
  public:
   static constexpr uint64_t kTimeoutNs = 500'000'000;
 
-  // Memory of its own for the case, at the state before its first call.
-  explicit Harness(const Case& c);
+  // Memory of its own for the case, at the state before its first call. `world_ranks`: where in the
+  // world each of its ranks runs; none: all of them, in their order.
+  explicit Harness(const Case& c, std::vector<uint32_t> world_ranks = {});
 
   // Once more the state before the first call, in the same memory.
   void start_again();
@@ -69,6 +70,7 @@ class Harness {
   void change_repeat(uint32_t rank, uint32_t repeat);
 
   const Case& case_;
+  const std::vector<uint32_t> world_ranks_;
   InboxLayout layout_;
   std::vector<RankMemory> memory_;
   std::vector<ExchangeParams> exchange_;

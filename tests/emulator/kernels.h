@@ -1,12 +1,15 @@
 // The kernels under test: the product's, from the product's own table.
 //
-// A new kernel is a function here that binds its parameters, and a line in kKernels.
+// A new kernel is a function here that binds its parameters, and a line in kKernels; if it takes
+// other numbers of rows than those here, a function that says how many.
 #pragma once
 #include <functional>
 #include <stdexcept>
 
+#include "device/inbox.h"
 #include "host/kernel_table.cuh"
 #include "host/plan.h"
+#include "random.h"
 
 namespace gan {
 
@@ -31,7 +34,8 @@ struct KernelCall {
 struct Kernel {
   const char* name;
   bool exchanges;  // with the peers, whose rows it adds; such a launch counts as a call
-  std::function<void()> (*bind)(const KernelCall&);  // what each thread runs
+  uint64_t (*max_rows)(const InboxLayout&, uint64_t row_bytes);  // of a launch
+  std::function<void()> (*bind)(const KernelCall&);              // what each thread runs
 };
 
 template <class Body>
@@ -66,10 +70,23 @@ inline std::function<void()> bind_local_norm(const KernelCall& c) {
   });
 }
 
+inline uint64_t max_rows_of_areas(const InboxLayout& layout, uint64_t row_bytes) {
+  return layout.max_rows(row_bytes);
+}
+inline uint64_t any_rows(const InboxLayout&, uint64_t) { return UINT32_MAX; }
+
 inline constexpr Kernel kKernels[] = {
-    {"one_shot", true, bind_one_shot},
-    {"local_norm", false, bind_local_norm},
+    {"one_shot", true, max_rows_of_areas, bind_one_shot},
+    {"local_norm", false, any_rows, bind_local_norm},
 };
 inline constexpr uint32_t kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
+
+// A kernel that exchanges.
+inline uint32_t random_exchange(emulator::Random& random) {
+  for (;;) {
+    const uint32_t kernel = random.below(kKernelCount);
+    if (kKernels[kernel].exchanges) return kernel;
+  }
+}
 
 }  // namespace gan::testing

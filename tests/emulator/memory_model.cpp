@@ -60,7 +60,7 @@ MemoryModel::Location& MemoryModel::location(uint32_t word, uint64_t newest) {
   if (locations_.size() <= word) locations_.resize(size_t{word} * 2 + kWordsAGranule);
   Location& location = locations_[word];
   if (location.messages.empty()) {
-    location.messages.push_back({newest, location.next_sequence++, 0, 0, {}});
+    location.messages.push_back({newest, location.next_sequence++, 0, 0, 0, {}});
   }
   return location;
 }
@@ -76,33 +76,34 @@ uint32_t MemoryModel::oldest_sequence(const Location& location, const VectorCloc
   return oldest;
 }
 
-MemoryModel::Loaded MemoryModel::load(const VectorClock& clock, Knowledge& acquired, uint32_t word,
-                                      uint64_t newest) {
+MemoryModel::Loaded MemoryModel::load(const Reader& reader, uint32_t word, uint64_t newest) {
   Location& here = location(word, newest);
-  const uint32_t oldest = oldest_sequence(here, clock);
+  const uint32_t oldest = oldest_sequence(here, reader.clock);
   const uint32_t latest = here.messages.back().sequence;
   uint32_t chosen = latest;
   if (oldest != latest && random_.one_in(2)) chosen = oldest + random_.below(latest - oldest + 1);
   const Message& message = here.messages[chosen - here.messages.front().sequence];
-  read(here, message, clock, acquired);
+  read(here, message, reader);
   return {message.value, chosen != latest};
 }
 
-void MemoryModel::load_newest(const VectorClock& clock, Knowledge& acquired, uint32_t word,
-                              uint64_t newest) {
+void MemoryModel::load_newest(const Reader& reader, uint32_t word, uint64_t newest) {
   Location& here = location(word, newest);
-  read(here, here.messages.back(), clock, acquired);
+  read(here, here.messages.back(), reader);
 }
 
-void MemoryModel::read(Location& location, const Message& message, const VectorClock& clock,
-                       Knowledge& acquired) {
-  acquired.learn(message.released);
+void MemoryModel::read(Location& location, const Message& message, const Reader& reader) {
+  if (message.rank == reader.rank) {
+    reader.acquired.gpu.learn(message.released.gpu);
+  } else {
+    reader.acquired.system.learn(message.released.system);
+  }
   // Of several reads of a message by a thread, the first is the one that most others know.
   const bool is_new =
       std::none_of(location.reads.begin(), location.reads.end(), [&](const Read& read) {
-        return read.reader == clock.thread && read.sequence == message.sequence;
+        return read.reader == reader.clock.thread && read.sequence == message.sequence;
       });
-  if (is_new) location.reads.push_back({clock.thread, clock.epoch, message.sequence});
+  if (is_new) location.reads.push_back({reader.clock.thread, reader.clock.epoch, message.sequence});
 }
 
 bool MemoryModel::store(const VectorClock& clock, uint32_t word, uint64_t newest,
@@ -116,8 +117,13 @@ bool MemoryModel::store(const VectorClock& clock, uint32_t word, uint64_t newest
       return read.sequence >= message.sequence && clock.knows(read.reader, read.epoch);
     });
   }
-  Message message{store.value, here.next_sequence++, clock.thread, clock.epoch, *store.released};
-  if (store.reads_newest) message.released.learn(here.messages.back().released);
+  Message message{store.value,  here.next_sequence++, store.rank,
+                  clock.thread, clock.epoch,          *store.released};
+  if (store.reads_newest) {
+    const ByScope& before = here.messages.back().released;
+    message.released.gpu.learn(before.gpu);
+    message.released.system.learn(before.system);
+  }
   here.messages.push_back(std::move(message));
   if (here.messages.size() > kMostMessages) {
     here.messages.erase(here.messages.begin());

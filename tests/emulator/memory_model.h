@@ -47,6 +47,13 @@ class RaceDetector {
   std::vector<uint32_t> first_of_word_;
 };
 
+// Knowledge that fences hand on. Released: to threads of the own rank by any fence, to those of
+// others by a fence of .sys scope. Acquired: from the own rank, which any fence takes, and from
+// others, which a fence of .sys scope takes as well.
+struct ByScope {
+  Knowledge gpu, system;
+};
+
 // What relaxed loads may give. Ordinary accesses see the newest value: where they could not, they
 // race.
 class MemoryModel {
@@ -57,14 +64,20 @@ class MemoryModel {
     uint64_t value;
     bool is_old;
   };
-  // `newest` is what memory has. `acquired` learns what a fence of the reader would have it know.
-  Loaded load(const VectorClock& clock, Knowledge& acquired, uint32_t word, uint64_t newest);
+  struct Reader {
+    const VectorClock& clock;
+    uint32_t rank;
+    ByScope& acquired;  // learns what a fence would have the reader know
+  };
+  // `newest` is what memory has.
+  Loaded load(const Reader& reader, uint32_t word, uint64_t newest);
   // As the first half of an atomic read-modify-write.
-  void load_newest(const VectorClock& clock, Knowledge& acquired, uint32_t word, uint64_t newest);
+  void load_newest(const Reader& reader, uint32_t word, uint64_t newest);
 
   struct Store {
     uint64_t value;
-    const Knowledge* released;
+    uint32_t rank;
+    const ByScope* released;
     bool reads_newest;  // an atomic read-modify-write
   };
   // False: nothing orders the store after another one.
@@ -77,8 +90,8 @@ class MemoryModel {
   struct Message {
     uint64_t value;
     uint32_t sequence;
-    uint32_t writer, epoch;  // epoch 0: was there before
-    Knowledge released;
+    uint32_t rank, writer, epoch;  // epoch 0: was there before
+    ByScope released;
   };
   struct Read {
     uint32_t reader, epoch, sequence;
@@ -91,8 +104,7 @@ class MemoryModel {
   };
 
   Location& location(uint32_t word, uint64_t newest);
-  static void read(Location& location, const Message& message, const VectorClock& clock,
-                   Knowledge& acquired);
+  static void read(Location& location, const Message& message, const Reader& reader);
   // The oldest message that the thread may read.
   static uint32_t oldest_sequence(const Location& location, const VectorClock& clock);
 

@@ -1,6 +1,7 @@
 """Builds the kernels with planted bugs (planted_bugs.py) and asks the stages to catch them.
 
-mutations.py [NAME ...]           each bug, by the stages that must catch it; fails if one does not
+mutations.py [NAME ...]           each bug, by the stages that must catch it; fails if one does not,
+                                  or if a stage finds something where there is no bug
 mutations.py --table [NAME ...]   by all stages: the table in docs/testing.md
 """
 
@@ -14,22 +15,36 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from planted_bugs import BUGS, Bug
+from planted_bugs import BUGS, CONTROL, Bug
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 DIRECTORY = ROOT / "build/emulator/mutants"
 
-# Cases a stage may take. Fixed seeds: whether a bug is caught is no matter of chance.
-CASES = {"fuzz": 300, "weak": 40, "faults": 300, "explore": 2, "tsan": 90, "asan": 60, "full": 8}
-FLAVOUR = {"tsan": "tsan", "asan": "asan"}
-BASE = 0
+# Cases a stage may take, unless the bug says otherwise. Fixed seeds: whether a bug is caught is no
+# matter of chance.
+CASES = {
+    "fuzz": 300,
+    "weak": 40,
+    "strict": 40,
+    "faults": 300,
+    "explore": 6,  # those of one_shot
+    "tsan": 90,
+    "asan": 60,
+    "full": 8,
+}
+FLAVOUR = {"strict": "strict", "tsan": "tsan", "asan": "asan"}  # else plain
 MAX_RANKS = 3  # of the kernels that are built
 TIMEOUT_S = 120
+TOO_LONG = "not explored completely in time"  # exploration.cpp
 
 
 class DoesNotFit(Exception):
     """An edit's text is not in its file exactly once."""
+
+
+class NoVerdict(Exception):
+    """A stage ended otherwise than by finding something or nothing: in no time, by a wrong call."""
 
 
 def mutated_sources(bug: Bug) -> Path:
@@ -52,10 +67,13 @@ def mutated_sources(bug: Bug) -> Path:
         replace(f"device/{edit.file}", edit.old, edit.new)
     table = "host/kernel_table.cuh"
     text = texts[Path("csrc") / table]
-    all_ranks = re.search(r"one_shot_of<kType, 4>,.*?(?=\n  \};)", text, re.DOTALL)
-    assert all_ranks is not None, f"{table}: the kernels' table has another form"
-    replace(table, all_ranks[0], "")
-    replace(table, "ranks > kMaxRanks", f"ranks > {MAX_RANKS}")
+    # Of each kernel that is there for so many ranks.
+    text, kernels = re.subn(
+        rf"\w+_of<kType, {MAX_RANKS + 1}>,.*?(?=\n  \}};)", "", text, flags=re.DOTALL
+    )
+    text, limits = re.subn("ranks > kMaxRanks", f"ranks > {MAX_RANKS}", text)
+    assert kernels == limits > 0, f"{table}: the kernels' table has another form"
+    texts[Path("csrc") / table] = text
     for path, text in texts.items():
         file = target / path
         if not file.is_file() or file.read_text() != text:
@@ -72,10 +90,11 @@ def build(bug: Bug, flavour: str) -> Path:
     return target / flavour / "emulate"
 
 
-def run_stage(program: Path, stage: str, dtype: str) -> str:
+def run_stage(program: Path, stage: str, bug: Bug) -> str:
     """Empty where the stage finds nothing, or what it finds, in a line."""
-    command = [program, stage, "--base", BASE, "--cases", CASES[stage], "--max-ranks", MAX_RANKS]
-    command += ["--dtype", dtype]
+    base, cases = (0, CASES[stage]) if stage == "explore" else (bug.base, CASES[stage] * bug.times)
+    command = [program, stage, "--base", base, "--cases", cases]
+    command += ["--max-ranks", MAX_RANKS, "--dtype", bug.dtype]
     words = [*(["setarch", "-R"] if stage == "tsan" and shutil.which("setarch") else []), *command]
     try:
         ran = subprocess.run(
@@ -86,35 +105,40 @@ def run_stage(program: Path, stage: str, dtype: str) -> str:
             env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1 exitcode=66"},
         )
     except subprocess.TimeoutExpired:
-        return f"takes longer than {TIMEOUT_S} s"
+        raise NoVerdict(f"{stage} takes longer than {TIMEOUT_S} s") from None
     if ran.returncode == 0:
         return ""
     output = ran.stdout + ran.stderr
     found = re.search(r"FAILED: .*|\w+Sanitizer: [^(\n]*|runtime error: .*", output)
-    return found[0] if found else f"ends with {ran.returncode}"
+    if found and TOO_LONG not in found[0]:
+        return found[0]
+    if found is None and ran.returncode < 0:
+        return f"ends by signal {-ran.returncode}"
+    raise NoVerdict(f"{stage} ends with {ran.returncode}:\n{output[-2000:]}")
 
 
 def catch(bug: Bug, stage: str) -> str:
-    return run_stage(build(bug, FLAVOUR.get(stage, "plain")), stage, bug.dtype)
+    return run_stage(build(bug, FLAVOUR.get(stage, "plain")), stage, bug)
 
 
 def survivors(bugs: tuple[Bug, ...], report=print) -> list[str]:
-    """What is wrong with the list: bugs that a stage does not catch, edits that do not fit."""
+    """What is wrong with the list: bugs that a stage does not catch, edits that do not fit, and
+    what stages find in the kernels without a bug."""
 
     def check(bug: Bug) -> list[str]:
         wrong = []
         for stage in bug.caught_by:
             try:
                 caught = catch(bug, stage)
-            except (DoesNotFit, AssertionError) as error:
-                return [str(error)]
-            if not caught:
-                wrong.append(f"{bug.name}: survives {stage}")
+            except (DoesNotFit, NoVerdict, AssertionError) as error:
+                return [f"{bug.name}: {error}"]
+            if bool(caught) == (bug is CONTROL):
+                wrong.append(f"{bug.name}: {stage}: {caught or 'survives'}")
             report(f"{bug.name}: {stage}: {caught or 'SURVIVES'}")
         return wrong
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [line for lines in pool.map(check, bugs) for line in lines]
+        return [line for lines in pool.map(check, (CONTROL, *bugs)) for line in lines]
 
 
 def table(bugs: tuple[Bug, ...]) -> str:
@@ -124,7 +148,7 @@ def table(bugs: tuple[Bug, ...]) -> str:
     def row(bug: Bug) -> str:
         return " | ".join("yes" if catch(bug, stage) else "" for stage in stages)
 
-    for flavour in ("plain", "tsan", "asan"):
+    for flavour in ("plain", *FLAVOUR.values()):
         subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for bug, cells in zip(bugs, pool.map(row, bugs), strict=True):
@@ -142,7 +166,8 @@ def main(words: list[str]) -> int:
     if "--table" in words:
         print(table(bugs))
         return 0
-    subprocess.run(["make", "-s", "-C", str(HERE), "plain"], check=True)
+    for flavour in ("plain", *FLAVOUR.values()):
+        subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
     wrong = survivors(bugs)
     print("\n".join(wrong) if wrong else f"{len(bugs)} planted bugs, all caught")
     return 1 if wrong else 0

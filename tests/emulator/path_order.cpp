@@ -2,6 +2,7 @@
 #include "path_order.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace gan::emulator {
 

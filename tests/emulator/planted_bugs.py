@@ -1,5 +1,8 @@
 """The planted bugs: changes of csrc/device, each of which some stage of the emulator must catch.
 
+(Own rows polled in place of a peer's is none of them: an inbox has no area of its own rank. The two
+nearest are areas polled in another order, and the own row added in place of a peer's.)
+
 An edit names a file, a text that must be in it exactly once, and what to put in its place. So the
 list cannot rot unseen: where the kernels change, an edit that no longer fits fails. To add one,
 append a Bug and run `mutations.py NAME`; to find out who catches it, `mutations.py --table NAME`.
@@ -23,6 +26,8 @@ class Bug:
     edits: tuple[Edit, ...]
     caught_by: tuple[str, ...] = ("fuzz",)  # stages that must find it
     dtype: str = "bf16"  # the only one that is built
+    base: int = 0  # the first seed
+    times: int = 1  # as many cases as usual, for a bug that few cases meet
 
 
 def bug(name: str, file: str, old: str, new: str, caught_by: str = "fuzz", dtype: str = "bf16"):
@@ -32,6 +37,9 @@ def bug(name: str, file: str, old: str, new: str, caught_by: str = "fuzz", dtype
 EXCHANGE, ONE_SHOT, ROW_NORM, PACK = "exchange.cuh", "one_shot.cuh", "row_norm.cuh", "pack.cuh"
 CLEAR = "if (norm.in_row(j) && !call.broken) clear_all<kRanks>(exchange, offset);"
 BEGIN = "  Call call = begin_call(exchange);\n"
+FIRST_FENCE = "    order_calls(team.first_row(), team.pack(0));\n"
+SECOND_FENCE = "        order_calls(row, team.pack(j));\n"
+AFTER_PUSHES = "  } else {\n    join_failure();\n"
 WAIT = "  grid_dependency_wait(norm.x_address(team.first_row(), 0),"
 
 BUGS = (
@@ -102,7 +110,7 @@ BUGS = (
         EXCHANGE,
         "reinterpret_cast<const uint2*>(own_copy(exchange))",
         "reinterpret_cast<const uint2*>(&header_of(exchange.inbox)->call[0])",
-        "weak",
+        "fuzz",
     ),
     bug(
         "the own copy is advanced before all have read it",
@@ -159,6 +167,17 @@ BUGS = (
         WAIT,
         "if (rows.rows == 0)\n" + WAIT,
         "weak",
+    ),
+    # ---- GAN_STRICT_ORDER ----
+    bug("no fence before the pushes", ONE_SHOT, FIRST_FENCE, "", "strict"),
+    bug("no fence after the polls", ONE_SHOT, SECOND_FENCE, "", "strict"),
+    Bug(
+        "the fence before the pushes comes after them",
+        (
+            Edit(ONE_SHOT, FIRST_FENCE, ""),
+            Edit(ONE_SHOT, AFTER_PUSHES, FIRST_FENCE + AFTER_PUSHES),
+        ),
+        ("strict",),
     ),
     # ---- rows of the ranks ----
     bug(
@@ -333,4 +352,34 @@ BUGS = (
         "if (call.broken) {",
         "faults",
     ),
+    Bug(
+        "a failed flag is seen without the claim",
+        (
+            Edit(
+                EXCHANGE,
+                "  fence_gpu();  // whoever sees a failed flag, below, sees the claim\n",
+                "",
+            ),
+        ),
+        ("faults",),
+        base=600,
+        times=4,
+    ),
+    bug(
+        "NaN is added without the claim",
+        EXCHANGE,
+        "join_failure() { fence_gpu(); }",
+        "join_failure() {}",
+        "faults",
+    ),
+    bug(
+        "the lanes of a warp do not meet before their sum is sent",
+        ROW_NORM,
+        "      warp_sync();  // with the sum goes what all lanes have done\n",
+        "",
+        "faults",
+    ),
 )
+
+# Every stage must pass the kernels as they are, built in the same way.
+CONTROL = Bug("no bug", (), ("fuzz", "weak", "strict", "faults", "tsan", "asan", "full"))

@@ -46,6 +46,8 @@ static std::string what_it_does(const Thread& thread, bool rank_stands_still) {
       return "polling" + site;
     case Status::kBlockSync:
       return "in block_sync" + site;
+    case Status::kWarpSync:
+      return "in warp_sync" + site;
     case Status::kShuffle:
       return "in shuffle_xor" + site;
     case Status::kClusterStart:

@@ -8,7 +8,7 @@ namespace gan::emulator {
 
 void World::State::make_ready(Thread& thread) {
   thread.status = Status::kReady;
-  Rank& rank = ranks[thread.block->grid->launch.rank];
+  Rank& rank = ranks[thread.rank()];
   if (rank.stands_still) {
     rank.held.push_back(&thread);
     return;
@@ -69,7 +69,7 @@ Thread* World::State::pick_ready() {
       }
       for (uint32_t i = 0; i < kTries; ++i) {
         Thread* thread = ready[random.below(count)];
-        if (thread->block->grid->launch.rank != slow_rank) return thread;
+        if (thread->rank() != slow_rank) return thread;
       }
       break;
     }
@@ -171,7 +171,7 @@ uint64_t World::State::next_stall_end() const {
 }
 
 void World::State::count_access(Thread& thread) {
-  Rank& rank = ranks[thread.block->grid->launch.rank];
+  Rank& rank = ranks[thread.rank()];
   ++rank.accesses;
   if (rank.stall == nullptr || rank.stands_still || rank.accesses <= rank.stall->after_accesses ||
       rank.stall->until_ns <= now_ns) {
@@ -179,7 +179,7 @@ void World::State::count_access(Thread& thread) {
   }
   rank.stands_still = true;
   for (Thread* other : std::vector<Thread*>(ready)) {
-    if (&ranks[other->block->grid->launch.rank] != &rank) continue;
+    if (&ranks[other->rank()] != &rank) continue;
     take_from_ready(*other, Status::kReady);
     rank.held.push_back(other);
   }

@@ -4,6 +4,7 @@
 
 #include "harness.h"
 #include "kernels.h"
+#include "statistics.h"
 
 namespace gan::testing {
 namespace {
@@ -17,6 +18,7 @@ std::string run_random_case(uint64_t seed, const Limits& limits, Memory memory,
   options.weak = memory != Memory::kPlain;
   options.strict = memory == Memory::kStrict;
   description = describe(c) + "  " + describe(options);
+  count_case(c);
   return run_case(c, options);
 }
 std::string run_plain(uint64_t seed, const Limits& limits, std::string& description) {
@@ -88,9 +90,15 @@ std::string run_full(uint64_t seed, const Limits& limits, std::string& descripti
   const Case c = full_case(seed, size);
   emulator::Options options = random_options(seed, c);
   description = describe(c) + "  " + describe(options);
+  count_case(c);
   return run_case(c, options);
 }
 
+Limits fuzz_limits() {
+  Limits limits;
+  limits.large_grids = true;
+  return limits;
+}
 Limits weak_limits() {
   Limits limits;
   limits.max_call_threads = 512;
@@ -100,11 +108,11 @@ Limits weak_limits() {
 Limits sanitizer_limits() {
   Limits limits;
   limits.max_ranks = 3;
-  limits.max_calls = 4;
-  limits.max_rows = 4;
-  limits.max_row_packs = 40;
+  limits.max_calls = 3;
+  limits.max_rows = 3;
+  limits.max_row_packs = 256;
   limits.max_block_threads = 64;
-  limits.max_call_threads = 256;
+  limits.max_call_threads = 384;
   return limits;
 }
 
@@ -112,20 +120,25 @@ Limits sanitizer_limits() {
 
 const std::vector<Stage>& stages() {
   static const std::vector<Stage> all = {
-      {"fuzz", "random calls and schedules", 2000, {}, run_plain},
-      {"weak", "with loads that give old values, and races found", 500, weak_limits(), run_weak},
-      {"strict", "weak, where pushes must come after clears; for GAN_STRICT_ORDER", 200,
+      {"fuzz", "random calls and schedules", "plain", 2000, fuzz_limits(), run_plain},
+      {"weak", "with loads that give old values, and races found", "plain", 500, weak_limits(),
+       run_weak},
+      {"strict", "weak, where pushes must come after clears; for GAN_STRICT_ORDER", "strict", 100,
        weak_limits(), run_strict},
-      {"tsan", "fuzz, built with ThreadSanitizer", 300, sanitizer_limits(), run_plain},
-      {"asan", "fuzz, built with AddressSanitizer and UBSan", 200, sanitizer_limits(), run_plain},
+      {"tsan", "fuzz, built with ThreadSanitizer", "tsan", 300, sanitizer_limits(), run_plain},
+      {"asan", "fuzz, built with AddressSanitizer and UBSan", "asan", 200, sanitizer_limits(),
+       run_plain},
       {"full",
        "each kernel at full size",
+       "plain",
        static_cast<uint32_t>(full_sizes().size()),
        {},
        run_full},
-      {"faults", "ranks that never come, are late or stop", 600, {}, run_fault_case},
+      {"faults", "ranks that never come, are late or stop", "plain", 400, weak_limits(),
+       run_fault_case},
       {"explore",
        "every order of accesses, in small cases",
+       "plain",
        exploration_count(),
        {},
        run_exploration},

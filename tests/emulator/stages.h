@@ -11,7 +11,8 @@ namespace gan::testing {
 struct Stage {
   const char* name;
   const char* what;
-  uint32_t cases;  // unless the command line says how many
+  const char* build;  // flavour of the Makefile
+  uint32_t cases;     // unless the command line says how many
   Limits limits;
   // One case. Empty, or what is wrong. `description`: what the case is.
   std::string (*run)(uint64_t seed, const Limits& limits, std::string& description);

@@ -30,6 +30,7 @@ enum class Status : uint8_t {
   kPolling,  // asleep until what it polls is written
   kChoice,   // about to make an access, for the Director
   kBlockSync,
+  kWarpSync,
   kShuffle,
   kClusterStart,
   kByteCounter,
@@ -76,9 +77,11 @@ struct Thread {
   uint8_t word_order[4] = {};
 
   VectorClock clock;
-  Knowledge acquired;  // with what it read, for its next fence
-  Knowledge released;  // by its last fence, with its relaxed stores since
-  Knowledge fenced;    // by this thread's fences and those of threads it synchronised with since
+  ByScope acquired;  // with what it read, for its next fence
+  ByScope released;  // by its last fences, with its relaxed stores since
+  Knowledge fenced;  // by this thread's fences and those of threads it synchronised with since
+
+  uint32_t rank() const;
 };
 
 struct Barrier {
@@ -169,6 +172,8 @@ struct Rank {
   std::vector<Thread*> held;  // that would be ready
 };
 
+inline uint32_t Thread::rank() const { return block->grid->launch.rank; }
+
 // A store of store_counted.
 struct CountedStore {
   Block* block;
@@ -178,8 +183,15 @@ struct CountedStore {
   Knowledge knowledge;
 };
 
+// Who has accessed a word in this run.
+struct Users {
+  uint32_t ranks = 0;  // bit r: rank r
+  bool gpu_scope = false;
+};
+
 struct Granule {
   uint32_t versions[kWordsAGranule] = {};
+  Users users[kWordsAGranule] = {};
   uint32_t contended_words = 0;
   Watched* sleepers = nullptr;
 };
@@ -189,8 +201,8 @@ struct World::State {
   ~State();
 
   // ---- engine.cpp ----
-  bool is_complete() const;
-  void run();
+  bool is_complete(bool leaves_stalled) const;
+  void run(bool leaves_stalled);
   [[noreturn]] void fail(const std::string& what) const { throw Failure(what); }
   [[noreturn]] void fail_here(const std::string& what, Site site) const;
 
@@ -247,8 +259,8 @@ struct World::State {
   bool deliver_one();
 
   // ---- accesses.cpp ----
-  Handling begin_access(Access access, const void* address, uint32_t words, uint32_t word_bytes,
-                        Site site);
+  Handling begin_access(Access access, Scope scope, const void* address, uint32_t words,
+                        uint32_t word_bytes, Site site);
   WordSet words_at(const void* address, uint32_t bytes);
   uint32_t version_of(WordSet words) const;
   bool poll_again(Thread& thread, Watched& watched);
@@ -258,6 +270,7 @@ struct World::State {
   void wake(Thread& thread);
   void watch(Thread& thread, WordSet words);
   void note_store(WordSet words);
+  void check_scope(Scope scope, WordSet words, Site site);
   void detect_races(Access access, const void* address, WordSet words, Site site);
 
   // ---- report.cpp ----
