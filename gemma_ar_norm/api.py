@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from . import groups, ops, workspace
+from . import groups, ops, plan, workspace
 from .library import _C
 
 
@@ -49,7 +49,8 @@ def fused_allreduce_gemma_rmsnorm(
         Gemma 3n and 4.
     group: a ProcessGroup, its name, a rank of a `local_group`, or None: the default group, or one
         rank where torch.distributed is not initialised.
-    algorithm: "auto", "one_shot" or "unfused". It never changes what the fused path computes.
+    algorithm: "auto" follows the plan (see `explain`); "one_shot" and "two_shot" are the fused
+        kernels; "unfused" is the group's own all-reduce. The fused ones compute the same bits.
     out: (norm_out, residual_out) to be written, and returned: contiguous, 16-byte aligned, like x.
         Each may be exactly x or exactly residual, and not otherwise overlap an argument or the
         other. Nothing is mutated without it.
@@ -134,10 +135,13 @@ def _call(
 class Explanation:
     """Which path a call takes, and why: the result of `explain`.
 
-    path: "one_shot": our kernel that pushes rows to every peer. "unfused": the group's all-reduce,
-        then our add-and-norm kernel. "local": one rank, our add-and-norm kernel. "cpu": all-gather,
-        then torch. "undecided": the group has no workspace yet, and `init` will tell.
-    launches: kernel launches of ours. blocks, threads: of the largest one; 0 where not one_shot.
+    path: "one_shot": our kernel that pushes every row to every peer. "two_shot": our kernel in
+        which each rank adds its slice of every row and pushes the sum to every peer. "unfused":
+        the group's all-reduce, then our add-and-norm kernel. "local": one rank, our add-and-norm
+        kernel. "cpu": all-gather, then torch. "undecided": the group has no workspace yet, and
+        `init` will tell. Of a call of several launches: that of the first.
+    launches: kernel launches of ours. blocks, threads: of the first; 0 where the path is not fused.
+    evidence: where the plan's rule for the first launch comes from; "" where the path is not fused.
     """
 
     path: str
@@ -149,6 +153,7 @@ class Explanation:
     launches: int = 0
     blocks: int = 0
     threads: int = 0
+    evidence: str = ""
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -157,7 +162,8 @@ class Explanation:
         if self.blocks:
             times = "1 launch" if self.launches == 1 else f"{self.launches} launches"
             launch = f" [{times}, {self.blocks} blocks of {self.threads} threads]"
-        return f"{shape}: {self.path}{launch}; {self.reason}"
+        plan = f"; plan: {self.evidence}" if self.evidence else ""
+        return f"{shape}: {self.path}{launch}; {self.reason}{plan}"
 
 
 def explain(
@@ -174,7 +180,7 @@ def explain(
     It looks at what there is, and makes nothing: before `init` and the group's first call the
     answer for several ranks with GPUs is "undecided". device: of x; the GPU where there is one.
     Raises the TypeError or ValueError that the call would raise for this shape and algorithm, and
-    its WorkspaceError where "one_shot" is asked for and the ranks have no fused workspace.
+    its WorkspaceError where a fused algorithm is asked for and the ranks have no fused workspace.
 
     >>> print(gemma_ar_norm.explain(64, 5376))
     64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU
@@ -193,14 +199,14 @@ def explain(
     me = groups.resolve(group)
     found = workspace.find(me.name)
 
-    def answer(path: str, reason: str, **launch: int) -> Explanation:
+    def answer(path: str, reason: str, **launch: Any) -> Explanation:
         return Explanation(path, reason, rows, hidden_size, dtype, me.size, **launch)
 
     if torch.device(device).type == "cpu":
         return answer("cpu", "the tensors are on the CPU")
     if me.size == 1:
         reason = "one rank: there is nothing to reduce"
-        ops.refuse_one_shot(algorithm, reason)
+        ops.refuse_fused(algorithm, reason)
         return answer("local", reason, launches=1)
     if algorithm == "unfused":
         ops.refuse_unfused(me)
@@ -208,17 +214,20 @@ def explain(
     if found is None or found.closed:
         return answer("undecided", "no workspace yet; init(group), or the first call, makes one")
     if not found.fused:
-        ops.refuse_one_shot(algorithm, found.reason)
+        ops.refuse_fused(algorithm, found.reason)
         return answer("unfused", found.reason, launches=1)
     if rows == 0:
-        return answer("one_shot", "0 rows: nothing is launched")
-    row_bytes = hidden_size * dtype.itemsize
-    rows_a_launch = min(rows, found.max_rows(row_bytes))
-    shape = _C.choose(found.rules, rows_a_launch, row_bytes // workspace.PACK_BYTES)
+        path = algorithm if algorithm in plan.FUSED_ALGORITHMS else "one_shot"
+        return answer(path, "0 rows: nothing is launched")
+    row_packs = hidden_size * dtype.itemsize // workspace.PACK_BYTES
+    numbers = [rule.numbers for rule in found.rules]
+    launches = _C.launches(numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
+    first = launches[0]
     return answer(
-        shape["algorithm"],
+        plan.FUSED_ALGORITHMS[first["algorithm"]],
         found.reason,
-        launches=-(-rows // rows_a_launch),
-        blocks=shape["teams"] * shape["blocks_a_team"],
-        threads=shape["threads"],
+        launches=len(launches),
+        blocks=first["teams"] * first["blocks_a_team"],
+        threads=first["threads"],
+        evidence=found.rules[first["rule"]].evidence,
     )

@@ -74,8 +74,11 @@ class Placement:
         note = f" ({self.mps_note})" if self.mps_note else ""
         return f"{self.ranks} processes on {gpus}, {how}{note}"
 
-    def env(self, rank: int) -> dict[str, str]:
-        """What the process of this rank has in its environment beyond the parent's."""
+    def env(self, rank: int, percentage: int | None = None) -> dict[str, str]:
+        """What the process of this rank has in its environment beyond the parent's.
+
+        percentage: of its GPU's multiprocessors, under MPS; an equal share unless given.
+        """
         env = {
             "RANK": str(rank),
             "WORLD_SIZE": str(self.ranks),
@@ -87,7 +90,8 @@ class Placement:
             env["CUDA_VISIBLE_DEVICES"] = ""
         if self.mps:
             env |= self.mps_env
-            env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(100 // self.ranks_per_gpu)
+            share = 100 // self.ranks_per_gpu if percentage is None else percentage
+            env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(share)
             # CUDA's default. All clients share the GPU's queues: with 32 each, which streams of one
             # process may need, the fourth client got no context ("out of memory").
             env["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
@@ -283,6 +287,7 @@ def run(
     timeout_s: float,
     gpus: int | None = None,
     mps: bool = True,
+    percentages: Sequence[int] | None = None,
     env: Mapping[str, str] | None = None,
     show: str = "prefixed",
     grace_s: float = 5.0,
@@ -291,6 +296,7 @@ def run(
 
     command: arguments of one process, the same for every rank.
     timeout_s: for all of it from the first process on. gpus, mps: see `placed`.
+    percentages: of each rank under MPS; equal shares unless given.
     env: added to the environment of every rank, over what the launcher sets.
     show: "prefixed" prints every line with its rank, "rank0" those of rank 0 as they are and the
         others' with their rank, "nothing" only collects. The Result has all of it in any case.
@@ -318,7 +324,9 @@ def run(
         started, processes = time.monotonic(), []
         try:
             for rank in range(ranks):
-                own = {**os.environ, **shared, **placement.env(rank), **(env or {})}
+                percentage = None if percentages is None else percentages[rank]
+                set_for_it = placement.env(rank, percentage)
+                own = {**os.environ, **shared, **set_for_it, **(env or {})}
                 processes.append(_RankProcess(rank, command, own, show))
             exit_code, reason = _wait(processes, started + timeout_s, grace_s)
             if exit_code == EXIT_TIMEOUT and not reason:

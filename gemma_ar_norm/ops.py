@@ -429,11 +429,11 @@ def _is_fused(x: Tensor, group_name: str, algorithm: str) -> bool:
         else:
             found = workspace.init(group_name, hidden_size=x.shape[-1], dtype=x.dtype)
     if not found.fused:
-        refuse_one_shot(algorithm, found.reason)
+        refuse_fused(algorithm, found.reason)
     return found.fused
 
 
-def refuse_one_shot(algorithm: str, reason: str) -> None:
+def refuse_fused(algorithm: str, reason: str) -> None:
     """Raises where a fused algorithm is asked for that the ranks, for this reason, do not have."""
     if algorithm not in ("auto", "unfused"):
         raise WorkspaceError(
@@ -446,8 +446,8 @@ def refuse_unfused(group: groups.Group) -> None:
     """Raises for a local group: it has no all-reduce but ours."""
     if group.is_local:
         raise ValueError(
-            "algorithm: 'auto' or 'one_shot' is required by a local group, which has no other "
-            "all-reduce; got 'unfused'; pass 'auto'"
+            "algorithm: 'auto', 'one_shot' or 'two_shot' is required by a local group, which has "
+            "no other all-reduce; got 'unfused'; pass 'auto'"
         )
 
 
@@ -472,13 +472,13 @@ def better_error(error: Exception, group_name: str, arguments: dict[str, Any]) -
     text = str(error)
     if stored is not None and _text(stored) in text:
         return stored
-    if "PeerTimeoutError" in text:
+    if "PeerTimeoutError" in text or "one after the other" in text:
         found = workspace.find(group_name)
         try:
             if found is not None:
                 found.check()
-        except PeerTimeoutError as timeout:
-            return timeout
+        except (PeerTimeoutError, WorkspaceError) as typed:
+            return typed
     try:
         check_arguments(**arguments)
     except (TypeError, ValueError) as better:

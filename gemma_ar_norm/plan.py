@@ -1,28 +1,35 @@
 """The plan: which kernel a call takes, and in which shape.
 
 Made once for each workspace from values that all its ranks agreed on, so that every rank launches
-the same shape; looked up in C++ at every call (csrc/host/plan.h), so that a compiled graph has no
-guard on the number of rows. Pure: no torch, no GPU.
+the same kernels in the same shape; looked up in C++ at every call (csrc/host/plan.h), so that a
+compiled graph has no guard on the number of rows. Pure: no torch, no GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-ALGORITHMS = ("auto", "one_shot", "unfused")
+FUSED_ALGORITHMS = ("one_shot", "two_shot")
+"""By their numbers in csrc/host/plan.h, Algorithm."""
+
+ONE_SHOT, TWO_SHOT = range(2)
+
+ALGORITHMS = ("auto", *FUSED_ALGORITHMS, "unfused")
 """What `algorithm=` takes. "auto" follows the plan; "unfused" is the group's own all-reduce and our
 local norm."""
 
-ONE_SHOT = 0
-"""Algorithm::kOneShot of csrc/host/plan.h."""
-
 MIN_RANKS, MAX_RANKS = 2, 8
+PACK_BYTES = 16
 
 NO_LIMIT = 2**32 - 1
 
 MAX_THREADS = 512
-"""Of a block. Two such blocks fit on a multiprocessor, so that the next kernel starts early; longer
-rows take several packs a thread, or several blocks."""
+"""Of a block; longer rows take several packs a thread, or several blocks."""
+
+THREADS_A_MULTIPROCESSOR = 1024
+"""What fits on it, at the kernels' 64 registers a thread. A launch takes half of it where the next
+kernel of the stream is to start early."""
 
 
 class Trigger:
@@ -34,44 +41,130 @@ class Trigger:
 
 
 class Rule(NamedTuple):
-    """The shape of calls up to a size. Of several rules the first that takes a call counts; the
-    last takes every call."""
+    """Algorithm and shape of calls up to a size. Of several rules the first that takes a call
+    counts; the last takes every call. Where an algorithm is asked for, only its rules count."""
 
     max_rows: int
     max_row_packs: int  # a pack is 16 bytes of a row
+    max_packs: int  # of all rows together
     algorithm: int
     blocks_a_team: int  # blocks of a cluster that share a row
     max_threads: int  # of a block
+    threads_a_multiprocessor: int
     trigger: int
+    lead_rows: int
     multiprocessors: int  # of a rank: the least of all ranks
+    evidence: str  # where the rule comes from
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What C++ needs of it."""
+        return self[:-1]
 
 
-class TeamSize(NamedTuple):
-    """How many blocks share a row, in calls of at most so many rows of at most so many packs."""
+class Size(NamedTuple):
+    """Calls of at most so many rows, of at most so many packs each and together."""
 
-    max_rows: int
-    max_row_packs: int
-    blocks: int
+    max_rows: int = NO_LIMIT
+    max_row_packs: int = NO_LIMIT
+    max_packs: int = NO_LIMIT
 
 
-# Measured with bench/streams on one H100 (132 SMs, 132/N a rank) on 2026-11-24 (bench/results):
-# bf16, residual, graphs of 20 calls, us a call, for 1, 2 and 4 blocks a row. Not measured with one
-# rank a GPU.
-#   hidden 640, 1 row:      N=2 2.54 2.67 -       N=4 2.84 2.83 -       N=8 3.62 3.75 -
-#   hidden 640, 64 rows:    N=2 2.99 3.10 -       N=4 3.66 3.80 -       N=8 6.33 7.70 -
-#   hidden 4096, 1 row:     N=2 2.44 2.29 2.42    N=4 3.57 3.11 3.03    N=8 5.30 4.81 4.37
-#   hidden 4096, 8 rows:    N=2 3.32 2.93 2.83    N=4 4.01 3.60 3.56    N=8 6.41 6.02 5.95
-#   hidden 4096, 64 rows:   N=2 4.08 3.62 3.97    N=4 8.18 7.37 8.47    N=8 32.7 32.8 36.4
-#   hidden 8192, 8 rows:    N=2 4.65 3.26 2.96    N=4 5.86 4.27 4.12    N=8 9.19 9.07 9.99
-#   hidden 8192, 64 rows:   N=2 6.11 5.13 5.23    N=4 17.6 17.1 18.0    N=8 78.7 78.2 78.3
-#   hidden 16384, 8 rows:   N=2 7.54 4.80 3.60    N=4 9.57 6.42 5.87    N=8 17.2 18.0 18.2
-#   hidden 16384, 64 rows:  N=2 10.1 11.2 11.0    N=4 39.1 39.5 40.2    N=8 163 163 161
-_TEAM_SIZES = (
-    TeamSize(NO_LIMIT, 128, 1),
-    TeamSize(8, NO_LIMIT, 4),
-    TeamSize(NO_LIMIT, 1024, 2),
-    TeamSize(NO_LIMIT, NO_LIMIT, 1),
+class Shape(NamedTuple):
+    """A line of a table: how calls up to a size are launched.
+
+    The limits of rows and packs are for each multiprocessor that a rank has. full: a launch takes
+    the whole of each, and the next kernel does not start early.
+    """
+
+    blocks: int  # that share a row
+    full: bool = False
+    lead_rows: int = 1
+    rows: float = NO_LIMIT
+    row_packs: int = NO_LIMIT
+    packs: float = NO_LIMIT
+
+    def size(self, multiprocessors: int) -> Size:
+        def limit(of_one: float) -> int:
+            return max(1, min(NO_LIMIT, int(of_one * multiprocessors)))
+
+        return Size(limit(self.rows), self.row_packs, limit(self.packs))
+
+
+# ----------------------------------------------------------------------------------- the tables
+# Measured with bench/streams on one H100 (132 SMs, 132/N a rank) on 2026-11-24: bf16, residual,
+# graphs of 20 calls, hidden 640 to 16384, 1 to 1024 rows; bench/results/2026-11-24-h100/sweep.txt
+# has all of it. Not measured with one rank a GPU. Of the shapes that were tried the tables take one
+# that is within a few per cent of the best in every cell of N=2, 4 and 8.
+#
+# A row in more, smaller blocks takes less time, until there are more rows than places for them.
+# Launches of several rows a block gain more by taking all places than by the next one's early
+# start: at 256 rows of hidden 4096, N=8, 55 us instead of 67.
+
+_ONE_SHOT = (
+    Shape(1, row_packs=128),
+    Shape(4, rows=1 / 2),
+    Shape(2, packs=1250),
+    Shape(1, full=True, row_packs=512),
+    Shape(2, full=True),
 )
+_TWO_SHOT = (
+    Shape(1, row_packs=128, packs=2000),
+    Shape(4, rows=1 / 4, packs=1250),
+    Shape(2, row_packs=256, packs=2000),
+    Shape(2, packs=1250),
+    Shape(1, full=True, lead_rows=2, row_packs=256, packs=7800),
+    Shape(1, full=True, row_packs=256),
+    Shape(2, full=True, lead_rows=2, packs=7800),
+    Shape(2, full=True),
+)
+# With seven or eight ranks, whose kernels load nothing ahead.
+_TWO_SHOT_OF_MANY = (
+    Shape(1, row_packs=128, packs=2000),
+    Shape(4, rows=1 / 4, packs=1250),
+    Shape(2, rows=1 / 2, packs=1250),
+    Shape(1, packs=1250),
+    *_TWO_SHOT[4:],
+)
+MANY_RANKS = 7
+
+# Up to which size ranks that share a GPU do calls by one-shot. (5 and 7: in between.)
+_ONE_SHOT_ON_ONE_GPU = {
+    2: (Size(max_packs=300_000),),
+    3: (Size(max_packs=150_000),),
+    4: (Size(max_packs=22_000),),
+    5: (Size(max_packs=10_000),),
+    6: (Size(max_packs=4096),),
+    7: (Size(max_row_packs=256, max_packs=3000), Size(max_packs=1500)),
+    8: (Size(max_row_packs=128, max_packs=2560), Size(max_row_packs=256, max_packs=2048)),
+}
+_ON_ONE_GPU = "measured on one H100 that all ranks share, 2026-11-24"
+
+# ------------------------------------------------------------------------- several GPUs, a model
+
+HOP_S = 1.1e-6
+"""What a second hop over NVLink costs, in seconds: an H100's one-way store of 762 ns and a load of
+its memory, as published."""
+
+LINK_BYTES_A_SECOND = {8: 240e9, 9: 360e9, 10: 720e9, 12: 720e9}
+"""What a GPU's links bring in one direction, by major compute capability, as published."""
+
+
+def crossover_bytes(ranks: int, major: int) -> int:
+    """The bytes of x up to which one-shot is no slower than two-shot over NVLink, by the model
+
+        one-shot: latency + (ranks - 1) bytes / speed
+        two-shot: latency + HOP_S + 2 (ranks - 1) bytes / (ranks speed)
+
+    With two ranks both move the same, and one-shot is never slower.
+    """
+    if ranks == 2:
+        return NO_LIMIT * PACK_BYTES  # more than any inbox has
+    speed = LINK_BYTES_A_SECOND.get(major, LINK_BYTES_A_SECOND[max(LINK_BYTES_A_SECOND)])
+    return int(HOP_S * speed * ranks / ((ranks - 1) * (ranks - 2)))
+
+
+# ---------------------------------------------------------------------------------------- the plan
 
 
 def make_rules(
@@ -81,32 +174,74 @@ def make_rules(
     compute_capability: tuple[int, int],
     max_cluster: int,
     shared_device: bool,
+    one_gpu: bool,
 ) -> list[Rule]:
     """The rules of a workspace.
 
     Args:
-        ranks: 2 to 8. The rules are the same for all of them today.
+        ranks: 2 to 8.
         multiprocessors: that every rank may fill with its blocks. Where `shared_device`, its share
-        of them.
+            of them.
         compute_capability: the least of all ranks' GPUs.
         max_cluster: blocks a cluster can have on all of them; 1 where there are no clusters.
         shared_device: several ranks run at the same time on one GPU that is not partitioned between
-        them. Then kernels do
-            not start early: a rank's next kernel could take the place that another rank's present
-            one needs, and both would wait for ever.
+            them. Then kernels do not start early: a rank's next kernel could take the place that
+            another rank's present one needs, and both would wait for ever.
+        one_gpu: all ranks are on one GPU, whose memory is the only link between them.
     """
     if not MIN_RANKS <= ranks <= MAX_RANKS:
         raise ValueError(f"ranks: {MIN_RANKS} to {MAX_RANKS} are required; got {ranks}")
     starts_early = compute_capability >= (9, 0) and not shared_device
-    return [
-        Rule(
-            size.max_rows,
-            size.max_row_packs,
-            ONE_SHOT,
-            max(1, min(size.blocks, max_cluster, multiprocessors)),
+
+    def rule(size: Size, algorithm: int, shape: Shape, evidence: str) -> Rule:
+        early = starts_early and not shape.full
+        return Rule(
+            *size,
+            algorithm,
+            max(1, min(shape.blocks, max_cluster, multiprocessors)),
             MAX_THREADS,
-            Trigger.AT_START if starts_early else Trigger.NEVER,
+            THREADS_A_MULTIPROCESSOR // (2 if early else 1),
+            Trigger.AT_START if early else Trigger.NEVER,
+            shape.lead_rows,
             multiprocessors,
+            evidence,
         )
-        for size in _TEAM_SIZES
+
+    if one_gpu:
+        one_shot_sizes = _ONE_SHOT_ON_ONE_GPU[ranks]
+        evidence = _ON_ONE_GPU
+    else:
+        most_bytes = crossover_bytes(ranks, compute_capability[0])
+        one_shot_sizes = (Size(max_packs=most_bytes // PACK_BYTES),)
+        upto = "of any size" if ranks == 2 else f"up to {most_bytes} bytes"
+        evidence = (
+            f"one-shot {upto} by a model of NVLink, not measured; shapes measured on one H100 that "
+            "all ranks share, 2026-11-24"
+        )
+    one_shot = [(shape.size(multiprocessors), ONE_SHOT, shape) for shape in _ONE_SHOT]
+    shapes = _TWO_SHOT if ranks < MANY_RANKS else _TWO_SHOT_OF_MANY
+    two_shot = [(shape.size(multiprocessors), TWO_SHOT, shape) for shape in shapes]
+    rules = [
+        rule(_smaller(size, most), algorithm, shape, evidence)
+        for most in one_shot_sizes
+        for size, algorithm, shape in one_shot
     ]
+    rules += [rule(*line, evidence) for line in two_shot]
+    # For those who ask for one-shot at any size.
+    rules += [rule(*line, "asked for by algorithm") for line in one_shot]
+    return rules
+
+
+def _smaller(a: Size, b: Size) -> Size:
+    return Size(*map(min, a, b))
+
+
+def most_one_shot_rows(rules: Sequence[Rule], max_rows: int, row_packs: int) -> int:
+    """The rows of the largest call, of at most `max_rows`, that the rules have done by one-shot."""
+    most = 0
+    for rule in rules:
+        if rule.algorithm == TWO_SHOT:
+            break  # the rest of one-shot is for those who ask for it
+        if row_packs <= rule.max_row_packs:
+            most = max(most, min(rule.max_rows, rule.max_packs // row_packs, max_rows))
+    return most

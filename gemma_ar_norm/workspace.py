@@ -40,9 +40,10 @@ MAX_HIDDEN = 16384
 PACK_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-MIN_SHARE_OF_CLUSTERS = 32
+MIN_SHARE_OF_CLUSTERS = 64
 """Multiprocessors of a rank, where ranks share a GPU under MPS, from which on rows are split over
-clusters. With 14 of an H200's 132 (8 ranks) kernels of clusters were seen never to start."""
+clusters. With 14 of an H200's 132 (8 ranks), and with a third of an H100's (16 clusters of 4
+blocks), kernels of clusters were seen never to start."""
 
 DEFAULT_HIDDEN_SIZE = 8192
 DEFAULT_MAX_ROWS = 256
@@ -314,10 +315,6 @@ class Workspace:
     def closed(self) -> bool:
         return not self._release.alive
 
-    def max_rows(self, row_bytes: int) -> int:
-        """Rows of so many bytes that one launch can take; a call of more takes several."""
-        return int(self._native.max_rows(row_bytes))
-
     def close(self) -> None:
         """Gives everything back; calls that are queued are waited for, peers are not.
 
@@ -333,8 +330,20 @@ class Workspace:
         self._release()
 
     def check(self) -> None:
-        """Raises PeerTimeoutError when a call has failed. Does not wait for queued calls."""
-        failure = None if self.closed or self._native is None else self._native.failure()
+        """Raises PeerTimeoutError when a call has failed. Does not wait for queued calls.
+
+        Where GEMMA_AR_NORM_DEBUG=1 was set when the workspace was made, also WorkspaceError when
+        two calls of it ran at the same time, which streams and graphs must not let happen.
+        """
+        if self.closed or self._native is None:
+            return
+        if self._native.has_overlapped():
+            raise WorkspaceError(
+                f"workspace: calls of group {self.group_name!r} one after the other are required; "
+                "got two that ran at the same time; order the replays of graphs that were captured "
+                "with it"
+            )
+        failure = self._native.failure()
         if failure is not None:
             peer, call, row = failure
             raise PeerTimeoutError(
@@ -427,10 +436,14 @@ def init(
     """Makes the group's workspace, a new one where it has one. Collective: all ranks call it.
 
     Where it was not called, the first call of the group makes one with max_rows and timeout_s as
-    here and the hidden size and dtype of that call; but not inside a graph capture. The
-    workspace is a number of bytes, 2 (ranks - 1) max_rows hidden_size dtype.itemsize, rounded up
-    to 2 MiB, on the current CUDA device. It serves any hidden size and dtype, and a call with more
-    rows than fit in it takes several launches.
+    here and the hidden size and dtype of that call; but not inside a graph capture. The workspace
+    is a number of bytes on the current CUDA device: with row = hidden_size dtype.itemsize,
+
+        2 max( (ranks - 1) one_shot_rows row, 2 (ranks - 1) / ranks max_rows row ),
+
+    rounded up to 2 MiB, where one_shot_rows, at most max_rows, is the largest call that the plan
+    does by one-shot. It serves any hidden size and dtype, and a call with more rows than fit in it
+    takes several launches.
 
     group: a ProcessGroup of any backend, or None for the default group. Where the ranks have no
         way to each other's memory, and where there is one rank, the result is a Workspace with
@@ -539,20 +552,31 @@ def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
         compute_capability=min(fact.compute_capability for fact in facts),
         max_cluster=min(fact.max_cluster for fact in facts),
         shared_device=shared,
+        one_gpu=neighbours == len(facts),
     )
+
+
+def _make_native(
+    device: int, rank: int, ranks: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
+) -> Any:
+    """A native workspace, not connected yet, for what init() was asked for."""
+    max_rows = arguments["max_rows"]
+    row_bytes = arguments["hidden_size"] * arguments["dtype"].itemsize
+    one_shot_rows = plan.most_one_shot_rows(rules, max_rows, row_bytes // PACK_BYTES)
+    inbox_bytes = _C.inbox_bytes(ranks, one_shot_rows, max_rows, row_bytes)
+    timeout_ns = max(1, int(arguments["timeout_s"] * NANOSECONDS))
+    numbers = [rule.numbers for rule in rules]
+    return _C.Workspace(device, rank, ranks, inbox_bytes, timeout_ns, numbers)
 
 
 def _allocate(
     me: Group, device: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
 ) -> tuple[Any, list[bytes]]:
     """Phase 3: the native workspace, and all ranks' IPC handles. Raises on all ranks or on none."""
-    row_bytes = arguments["hidden_size"] * arguments["dtype"].itemsize
 
     def allocate() -> tuple[Any, str]:
         _C.reclaim()
-        inbox_bytes = _C.inbox_bytes(me.size, arguments["max_rows"], row_bytes)
-        timeout_ns = max(1, int(arguments["timeout_s"] * NANOSECONDS))
-        native = _C.Workspace(device, me.rank, me.size, inbox_bytes, timeout_ns, rules)
+        native = _make_native(device, me.rank, me.size, rules, arguments)
         return native, native.ipc_handle().hex()
 
     made, error = _attempt(allocate)
@@ -682,13 +706,25 @@ def local_group(
         compute_capability=info["compute_capability"],
         max_cluster=info["max_cluster"],
         shared_device=True,
+        one_gpu=True,
     )
-    inbox_bytes = _C.inbox_bytes(n, max_rows, hidden_size * dtype.itemsize)
-    timeout_ns = max(1, int(timeout_s * NANOSECONDS))
+    arguments = {
+        "hidden_size": hidden_size,
+        "max_rows": max_rows,
+        "dtype": dtype,
+        "timeout_s": timeout_s,
+    }
+    return _local_group(n, index, rules, arguments)
+
+
+def _local_group(
+    n: int, index: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
+) -> LocalGroup:
+    """`local_group` with this launch plan, on the GPU of this index."""
     natives: list[Any] = []
     try:
         for rank in range(n):
-            natives.append(_C.Workspace(index, rank, n, inbox_bytes, timeout_ns, rules))
+            natives.append(_make_native(index, rank, n, rules, arguments))
         for native in natives:
             native.connect_local(natives)
     except Exception as error:
@@ -705,7 +741,7 @@ def local_group(
             f"{n} ranks are streams of one process",
             native,
             device=index,
-            timeout_s=timeout_s,
+            timeout_s=arguments["timeout_s"],
             rules=rules,
         )
         stream = torch.cuda.Stream(index)

@@ -61,8 +61,9 @@ def write_rules(path: Path, streams: Path) -> None:
                 compute_capability=capability,
                 max_cluster=8 if capability >= (9, 0) else 1,
                 shared_device=False,
+                one_gpu=True,
             ):
-                print(*rule, file=file)
+                print(*rule.numbers, file=file)
 
 
 def main() -> int:

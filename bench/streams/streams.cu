@@ -3,11 +3,16 @@
 // floor: the residual add and norm alone, in the same share of the SMs. No torch, no Python.
 //
 //   streams [--ranks 2,4,8] [--hidden 4096] [--rows 1,8,64] [--form plain|residual|sandwich]
-//           [--teams 1,2,4,8] [--threads 512] [--trigger 0|1|2] [--rules FILE] [--sms -]
+//           [--algorithms one_shot,two_shot] [--teams 1,2,4,8] [--leads 1] [--resident 2,1]
+//           [--threads 512] [--trigger 0|1|2] [--rounds 1] [--rules FILE] [--sms -]
 //
-// --sms prints the number of multiprocessors and ends. A column for each number of blocks a team,
-// and one for the plan with --rules (bench/streams/run.py writes the file). Outputs of all columns
-// must have the same bits, or the program fails.
+// --sms prints the number of multiprocessors and ends. A column for each algorithm, number of
+// blocks a team, and lead of the pushes (two-shot), and one for the plan with --rules
+// (bench/streams/run.py writes the file), with its algorithm and how it compares with the best of
+// the others. --resident: how many kernels of a rank fit on its SMs at once: with 2 the next one
+// starts early (PDL), with 1 a launch has twice the blocks, and none starts early; "/full" marks
+// those. --rounds: how often all columns are measured in turn; their medians are printed. Outputs
+// of all columns must have the same bits, or the program fails.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -16,8 +21,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -125,8 +132,8 @@ class World {
   }
 
   double fused_us(uint32_t rows, const std::vector<PlanRule>& rules) {
-    const uint64_t bytes =
-        inbox_bytes(problem_.ranks, problem_.max_rows, problem_.hidden * sizeof(Element));
+    const uint64_t bytes = inbox_bytes(problem_.ranks, problem_.max_rows, problem_.max_rows,
+                                       problem_.hidden * sizeof(Element));
     std::vector<std::shared_ptr<Workspace>> workspaces;
     for (uint32_t r = 0; r < problem_.ranks; ++r) {
       workspaces.push_back(
@@ -171,7 +178,7 @@ class World {
     row.hidden_reciprocal = 1.0f / row.hidden;
     row.eps = 1e-6f;
     row.weight_bias = 1.0f;
-    return {DType::kBFloat16, rows, row};
+    return {DType::kBFloat16, rows, row, std::nullopt};
   }
 
   // Median over replays of a graph in which every rank's stream has kCallsAGraph calls.
@@ -223,14 +230,19 @@ class World {
 
 // ---- the command line ----
 
+std::vector<std::string> words_of(const std::string& text) {
+  std::vector<std::string> list;
+  std::stringstream stream(text);
+  for (std::string item; std::getline(stream, item, ',');) list.push_back(item);
+  return list;
+}
 std::vector<uint32_t> numbers(const std::string& text) {
   std::vector<uint32_t> list;
-  std::stringstream stream(text);
-  for (std::string item; std::getline(stream, item, ',');) list.push_back(std::stoul(item));
+  for (const std::string& word : words_of(text)) list.push_back(std::stoul(word));
   return list;
 }
 
-// Blocks of a line "ranks N" and its rules, a line of seven numbers each (plan.Rule's fields).
+// Blocks of a line "ranks N" and its rules, a line of numbers each (plan.Rule.numbers).
 std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& path) {
   std::map<uint32_t, std::vector<PlanRule>> rules;
   std::ifstream file(path);
@@ -242,16 +254,18 @@ std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& path) {
       words >> line >> ranks;
       continue;
     }
-    uint32_t f[7];
+    uint32_t f[10];
     for (uint32_t& field : f) words >> field;
-    rules[ranks].push_back({f[0], f[1], Algorithm{f[2]}, f[3], f[4], Trigger{f[5]}, f[6]});
+    rules[ranks].push_back(
+        {f[0], f[1], f[2], Algorithm{f[3]}, f[4], f[5], f[6], Trigger{f[7]}, f[8], f[9]});
   }
   return rules;
 }
 
 struct Options {
-  std::vector<uint32_t> ranks{2, 4, 8}, rows{1, 8, 64}, teams{1, 2, 4, 8};
-  uint32_t hidden = 4096, threads = 512, trigger = 1;
+  std::vector<uint32_t> ranks{2, 4, 8}, rows{1, 8, 64}, teams{1, 2, 4, 8}, leads{1}, resident{2, 1};
+  std::vector<std::string> algorithms{"one_shot", "two_shot"};
+  uint32_t hidden = 4096, threads = 512, trigger = 1, rounds = 1;
   std::string form = "residual", rules;
   bool only_multiprocessors = false;
 };
@@ -268,10 +282,18 @@ Options parse(int argc, char** argv) {
       o.rows = numbers(value);
     } else if (name == "--teams") {
       o.teams = numbers(value);
+    } else if (name == "--leads") {
+      o.leads = numbers(value);
+    } else if (name == "--algorithms") {
+      o.algorithms = words_of(value);
+    } else if (name == "--resident") {
+      o.resident = numbers(value);
     } else if (name == "--hidden") {
       o.hidden = std::stoul(value);
     } else if (name == "--threads") {
       o.threads = std::stoul(value);
+    } else if (name == "--rounds") {
+      o.rounds = std::stoul(value);
     } else if (name == "--trigger") {
       o.trigger = std::stoul(value);
     } else if (name == "--sms") {
@@ -287,11 +309,75 @@ Options parse(int argc, char** argv) {
   return o;
 }
 
+PlanRule rule_of(const Options& o, uint32_t share, Algorithm algorithm, uint32_t teams,
+                 uint32_t lead, uint32_t resident) {
+  PlanRule rule{};
+  rule.max_rows = rule.max_row_packs = UINT32_MAX;
+  rule.max_packs = UINT64_MAX;
+  rule.algorithm = algorithm;
+  rule.blocks_a_team = teams;
+  rule.max_threads = o.threads;
+  rule.threads_a_multiprocessor = kMaxThreadsAMultiprocessor / resident;
+  rule.trigger = resident == 1 ? Trigger::kNever : Trigger{o.trigger};
+  rule.lead_rows = lead;
+  rule.multiprocessors = share;
+  return rule;
+}
+
+bool has(const std::vector<std::string>& list, const char* item) {
+  return std::find(list.begin(), list.end(), item) != list.end();
+}
+
 Form form_of(const std::string& name) {
   if (name == "plain") return Form::kPlain;
   if (name == "residual") return Form::kResidual;
   if (name == "sandwich") return Form::kSandwich;
   throw std::runtime_error("--form: plain, residual or sandwich is required; got " + name);
+}
+
+double median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
+  return values[values.size() / 2];
+}
+
+// A way to do a call, and how long it took in each round.
+struct Column {
+  std::string name;
+  std::vector<PlanRule> rules;
+  std::vector<double> us{};
+};
+
+// What is to be measured of calls of a size: all that --algorithms, --teams, ... ask for.
+std::vector<Column> columns_of(const Options& o, uint32_t share) {
+  std::vector<Column> columns;
+  for (uint32_t teams : o.teams) {
+    // A row's blocks have a warp of packs each at least, and the team fits into the share.
+    if (teams > 1 && (o.hidden / kPackElements / teams < 32 || teams > share)) continue;
+    for (uint32_t resident : o.resident) {
+      const auto rule = [&](Algorithm algorithm, uint32_t lead) {
+        return std::vector<PlanRule>{rule_of(o, share, algorithm, teams, lead, resident)};
+      };
+      const std::string blocks = "/" + std::to_string(teams), full = resident == 1 ? "/full" : "";
+      if (has(o.algorithms, kAlgorithmNames[0]))
+        columns.push_back({"one-shot" + blocks + full, rule(Algorithm::kOneShot, 1)});
+      if (!has(o.algorithms, kAlgorithmNames[1])) continue;
+      for (uint32_t lead : o.leads) {
+        columns.push_back({"two-shot" + blocks + "/" + std::to_string(lead) + full,
+                           rule(Algorithm::kTwoShot, lead)});
+      }
+    }
+  }
+  return columns;
+}
+
+void measure(World& world, uint32_t rows, std::vector<Column>& columns) {
+  std::vector<char> expected;
+  for (Column& column : columns) {
+    column.us.push_back(world.fused_us(rows, column.rules));
+    const std::vector<char> got = world.outputs(rows);
+    if (expected.empty()) expected = got;
+    if (got != expected) throw std::runtime_error("streams: two shapes gave different bits");
+  }
 }
 
 void run(const Options& o) {
@@ -310,27 +396,36 @@ void run(const Options& o) {
     World world(
         {ranks, o.hidden, *std::max_element(o.rows.begin(), o.rows.end()), share, form_of(o.form)});
     for (uint32_t rows : o.rows) {
-      const auto rule = [&](uint32_t teams) {
-        return PlanRule{UINT32_MAX,         UINT32_MAX, Algorithm::kOneShot, teams, o.threads,
-                        Trigger{o.trigger}, share};
-      };
-      std::printf("ranks %u hidden %u rows %4u  floor %.2f", ranks, o.hidden, rows,
-                  world.floor_us(rows, rule(1)));
-      std::vector<char> expected;
-      const auto column = [&](const std::string& name, const std::vector<PlanRule>& rules) {
-        std::printf("  %s %.2f", name.c_str(), world.fused_us(rows, rules));
-        std::fflush(stdout);
-        const std::vector<char> got = world.outputs(rows);
-        if (expected.empty()) expected = got;
-        if (got != expected) throw std::runtime_error("streams: two shapes gave different bits");
-      };
-      for (uint32_t teams : o.teams) {
-        // A row's blocks have a warp of packs each at least, and the team fits into the share.
-        if (teams > 1 && (o.hidden / kPackElements / teams < 32 || teams > share)) continue;
-        column("one-shot/" + std::to_string(teams), {rule(teams)});
+      std::vector<Column> columns = columns_of(o, share);
+      if (planned.count(ranks) != 0) {
+        const PlanRule& chosen = choose(planned[ranks], rows, o.hidden / kPackElements);
+        columns.push_back(
+            {std::string("plan:") + kAlgorithmNames[static_cast<uint32_t>(chosen.algorithm)],
+             {chosen}});
       }
-      if (planned.count(ranks) != 0) column("plan", planned[ranks]);
+      std::vector<std::vector<double>> floors(o.resident.size());
+      for (uint32_t round = 0; round < o.rounds; ++round) {
+        for (size_t i = 0; i < floors.size(); ++i) {
+          const PlanRule rule = rule_of(o, share, Algorithm::kOneShot, 1, 1, o.resident[i]);
+          floors[i].push_back(world.floor_us(rows, rule));
+        }
+        measure(world, rows, columns);
+      }
+      constexpr double kNone = std::numeric_limits<double>::infinity();
+      double floor = kNone, best = kNone;
+      for (const std::vector<double>& us : floors) floor = std::min(floor, median(us));
+      std::printf("ranks %u hidden %u rows %4u  floor %.2f", ranks, o.hidden, rows, floor);
+      for (const Column& column : columns) {
+        const double us = median(column.us);
+        std::printf("  %s %.2f", column.name.c_str(), us);
+        if (column.name.rfind("plan:", 0) == 0) {
+          std::printf("  plan/best %.2f", us / best);
+        } else {
+          best = std::min(best, us);
+        }
+      }
       std::printf("\n");
+      std::fflush(stdout);
     }
   }
 }

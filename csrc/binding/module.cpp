@@ -11,20 +11,24 @@ using namespace gan;
 
 namespace {
 
-// plan.Rule's fields, in its order.
-using RuleTuple = std::tuple<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>;
+// plan.Rule's fields, in its order, without the last, which is for people.
+using RuleTuple = std::tuple<uint32_t, uint32_t, uint64_t, uint32_t, uint32_t, uint32_t, uint32_t,
+                             uint32_t, uint32_t, uint32_t>;
 
 std::vector<PlanRule> rules_of(const std::vector<RuleTuple>& tuples) {
   std::vector<PlanRule> rules;
-  for (const auto& [max_rows, max_row_packs, algorithm, blocks_a_team, max_threads, trigger,
-                    multiprocessors] : tuples) {
-    const bool valid = algorithm == 0 && blocks_a_team >= 1 && blocks_a_team <= 8 &&
-                       max_threads >= 32 && max_threads <= 1024 && max_threads % 32 == 0 &&
-                       trigger <= 2 && multiprocessors >= 1;
+  for (const auto& [max_rows, max_row_packs, max_packs, algorithm, blocks_a_team, max_threads,
+                    threads_a_multiprocessor, trigger, lead_rows, multiprocessors] : tuples) {
+    const bool valid = algorithm < std::size(kAlgorithmNames) && blocks_a_team >= 1 &&
+                       blocks_a_team <= 8 && max_threads >= 32 && max_threads <= 1024 &&
+                       max_threads % 32 == 0 &&
+                       threads_a_multiprocessor <= kMaxThreadsAMultiprocessor && trigger <= 2 &&
+                       lead_rows >= 1 && multiprocessors >= 1;
     if (!valid)
       throw py::value_error("rules: what plan.make_rules() returns is required; got another tuple");
-    rules.push_back({max_rows, max_row_packs, Algorithm{algorithm}, blocks_a_team, max_threads,
-                     Trigger{trigger}, multiprocessors});
+    rules.push_back({max_rows, max_row_packs, max_packs, Algorithm{algorithm}, blocks_a_team,
+                     max_threads, threads_a_multiprocessor, Trigger{trigger}, lead_rows,
+                     multiprocessors});
   }
   return rules;
 }
@@ -42,17 +46,18 @@ py::dict describe(const DeviceInfo& info) {
 
 py::dict describe(const LaunchShape& shape) {
   py::dict d;
-  d["algorithm"] = "one_shot";
+  d["algorithm"] = static_cast<uint32_t>(shape.algorithm);
   d["teams"] = shape.teams;
   d["blocks_a_team"] = shape.blocks_a_team;
   d["threads"] = shape.threads;
   d["packs_a_thread"] = shape.packs_a_thread;
   d["trigger"] = static_cast<uint32_t>(shape.trigger);
+  d["lead_rows"] = shape.lead_rows;
   return d;
 }
 
 // Bumped whenever two builds could not talk to each other: the layout of the inbox or the protocol.
-constexpr int kProtocol = 1;
+constexpr int kProtocol = 2;
 
 }  // namespace
 
@@ -74,18 +79,35 @@ PYBIND11_MODULE(_C, m) {
   m.def("peer_access", &peer_access, py::arg("device"), py::arg("peer_uuid"));
   m.def(
       "inbox_bytes",
-      [](uint32_t ranks, uint64_t max_rows, uint64_t row_bytes) {
+      [](uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows, uint64_t row_bytes) {
         if (ranks < 2 || ranks > kMaxRanks)
           throw py::value_error("ranks: 2 to 8 are required; got " + std::to_string(ranks));
-        return inbox_bytes(ranks, max_rows, row_bytes);
+        return inbox_bytes(ranks, one_shot_rows, two_shot_rows, row_bytes);
       },
-      py::arg("ranks"), py::arg("max_rows"), py::arg("row_bytes"));
+      py::arg("ranks"), py::arg("one_shot_rows"), py::arg("two_shot_rows"), py::arg("row_bytes"));
   m.def(
-      "choose",
-      [](const std::vector<RuleTuple>& rules, uint64_t rows, uint32_t row_packs) {
-        return describe(choose(rules_of(rules), rows, row_packs));
+      "launches",
+      [](const std::vector<RuleTuple>& rules, uint32_t ranks, uint64_t inbox_bytes, uint64_t rows,
+         uint32_t row_packs, const std::string& algorithm) {
+        if (ranks < 2 || ranks > kMaxRanks || inbox_bytes < kHeaderBytes || row_packs == 0)
+          throw py::value_error("launches: 2 to 8 ranks, an inbox and a row are required");
+        const std::vector<PlanRule> plan = rules_of(rules);
+        const InboxLayout layout = InboxLayout::of(ranks, inbox_bytes);
+        py::list launches;
+        for (uint64_t left = rows; left > 0;) {
+          const PlannedLaunch next =
+              next_launch(plan, layout, left, row_packs, algorithm_named(algorithm));
+          if (next.rows == 0) throw py::value_error("inbox_bytes: room for a row is required");
+          py::dict d = describe(next.shape(row_packs));
+          d["rows"] = next.rows;
+          d["rule"] = next.rule - plan.data();
+          launches.append(d);
+          left -= next.rows;
+        }
+        return launches;
       },
-      py::arg("rules"), py::arg("rows"), py::arg("row_packs"));
+      py::arg("rules"), py::arg("ranks"), py::arg("inbox_bytes"), py::arg("rows"),
+      py::arg("row_packs"), py::arg("algorithm") = "auto");
   m.def("unregister", &unregister_workspace, py::arg("group_name"),
         py::call_guard<py::gil_scoped_release>());
   m.def("reclaim", &reclaim_inboxes, py::call_guard<py::gil_scoped_release>());
@@ -121,7 +143,7 @@ PYBIND11_MODULE(_C, m) {
              if (!record) return py::none();
              return py::make_tuple(record->peer, record->call, record->row);
            })
-      .def("max_rows", &Workspace::max_rows, py::arg("row_bytes"))
+      .def("has_overlapped", &Workspace::has_overlapped)
       .def("close", &Workspace::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &Workspace::rank)
       .def_property_readonly("ranks", &Workspace::ranks)

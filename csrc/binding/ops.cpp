@@ -171,7 +171,14 @@ Call make_call(const Tensor& x, const Tensor& weight, const OptionalTensor& resi
   return call;
 }
 
-void set_outputs(Call& call, const Tensor& x, const Tensor& norm_out, const Tensor& residual_out) {
+void set_outputs(Call& call, const Tensor& norm_out, const Tensor& residual_out) {
+  call.arguments.row.norm_out = norm_out.data_ptr();
+  call.arguments.row.residual_out = residual_out.data_ptr();
+}
+
+// Those that the caller gave: our own need no checks.
+void check_outputs(const Call& call, const Tensor& x, const Tensor& norm_out,
+                   const Tensor& residual_out) {
   check_out(norm_out, x, "norm_out");
   check_out(residual_out, x, "residual_out");
   require(!overlap(norm_out, residual_out),
@@ -188,8 +195,6 @@ void set_outputs(Call& call, const Tensor& x, const Tensor& norm_out, const Tens
             "got a partial "
             "overlap");
   }
-  call.arguments.row.norm_out = norm_out.data_ptr();
-  call.arguments.row.residual_out = residual_out.data_ptr();
 }
 
 cudaStream_t current_stream(int32_t device) {
@@ -202,6 +207,11 @@ cudaStream_t current_stream(int32_t device) {
 }
 
 void throw_if_failed(const Workspace& workspace) {
+  if (workspace.has_overlapped()) {
+    throw std::runtime_error(
+        "workspace: calls one after the other are required; got two that ran at the same time; "
+        "order the replays of graphs that were captured with it");
+  }
   const auto record = workspace.failure();
   if (!record) return;
   throw std::runtime_error(
@@ -232,14 +242,15 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
               const OptionalTensor& post_weight, double eps, double weight_bias,
               const std::string& group_name, const std::string& algorithm, const Tensor& norm_out,
               const Tensor& residual_out) {
-  set_outputs(call, x, norm_out, residual_out);
+  set_outputs(call, norm_out, residual_out);
   const bool unfused = algorithm == "unfused";
-  require(unfused || algorithm == "auto" || algorithm == "one_shot",
-          "algorithm: 'auto', 'one_shot' or 'unfused' is required; got another");
+  call.arguments.algorithm = algorithm_named(algorithm);
+  require(call.arguments.algorithm || unfused || algorithm == "auto",
+          "algorithm: 'auto', 'one_shot', 'two_shot' or 'unfused' is required; got another");
   // Without rows there is nothing to do, on any rank: the protocol counts no such call.
   if (call.arguments.rows == 0) return;
   const int32_t device = x.get_device_index();
-  if (group_name.empty() && algorithm != "one_shot") {  // one rank
+  if (group_name.empty() && !call.arguments.algorithm) {  // one rank
     run_local(device, call.arguments, current_stream(device));
     return;
   }
@@ -283,6 +294,7 @@ void fused_allreduce_rmsnorm_out(const Tensor& x, const Tensor& weight,
                                  const Tensor& residual_out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
+  check_outputs(call, x, norm_out, residual_out);
   run_call(call, x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
            norm_out, residual_out);
 }
@@ -292,7 +304,8 @@ void add_rmsnorm_out(const Tensor& x, const Tensor& weight, const OptionalTensor
                      const Tensor& norm_out, const Tensor& residual_out) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
-  set_outputs(call, x, norm_out, residual_out);
+  check_outputs(call, x, norm_out, residual_out);
+  set_outputs(call, norm_out, residual_out);
   if (call.arguments.rows == 0) return;
   run_local(x.get_device_index(), call.arguments, current_stream(x.get_device_index()));
 }

@@ -49,13 +49,24 @@ GAN_DEVICE void report_failure(const ExchangeParams& exchange, uint64_t record) 
   for (uint32_t i = 0; i < kMaxBlocks; ++i) store_relaxed_gpu(&own->call[i].failed, 1u);
 }
 
+// What a thread waits for: a pack in each of some areas, at an offset.
+struct Awaited {
+  uint64_t offset;
+  uint32_t first_area, areas;
+  uint32_t grace_ticks;  // how far behind the deadline
+};
+
+GAN_DEVICE Pack* poll_address(const ExchangeParams& exchange, uint32_t area, uint64_t offset) {
+  return reinterpret_cast<Pack*>(exchange.peer[area].poll + offset);
+}
+
 // The first peer whose pack has not arrived; kRanks: all are here.
 template <uint32_t kRanks>
-GAN_DEVICE uint32_t missing_rank(const ExchangeParams& exchange, uint64_t offset) {
+GAN_DEVICE uint32_t missing_rank(const ExchangeParams& exchange, const Awaited& awaited) {
 #pragma unroll 1
-  for (uint32_t area = 0; area < kRanks - 1; ++area) {
-    if (!is_full(
-            load_relaxed_sys(reinterpret_cast<const Pack*>(exchange.peer[area].poll + offset)))) {
+  for (uint32_t i = 0; i < awaited.areas; ++i) {
+    const uint32_t area = awaited.first_area + i;
+    if (!is_full(load_relaxed_sys(poll_address(exchange, area, awaited.offset)))) {
       return source_of_area(area, exchange.rank);
     }
   }
@@ -89,19 +100,19 @@ GAN_DEVICE bool has_failed(const ExchangeParams& exchange) {
 // runs from the thread's first look, which comes with the kPollsBeforeLook-th vain poll for a row.
 class Wait {
  public:
-  // To be asked after each vain poll at `offset`, with the number of polls so far. True: stop
-  // waiting; the failure has been reported.
+  // To be asked after each vain poll, with the number of polls so far. True: stop waiting; the
+  // failure has been reported.
   template <uint32_t kRanks>
   GAN_DEVICE bool is_over(const ExchangeParams& exchange, uint32_t polls, uint32_t call,
-                          uint32_t row, uint64_t offset) {
+                          uint32_t row, const Awaited& awaited) {
     constexpr uint32_t kPollsBeforeLook = 64;
     if (!GAN_UNLIKELY(polls % kPollsBeforeLook == 0)) return false;
     uint64_t record = reported_failure<kRanks>(exchange);
     if (record == 0) {
       const uint32_t now = static_cast<uint32_t>(clock_ns() >> kTickBits);
       if (deadline_ == kNoDeadline) deadline_ = (now + exchange.timeout_ticks) | 1u;
-      if (static_cast<int32_t>(now - deadline_) < 0) return false;
-      const uint32_t missing = missing_rank<kRanks>(exchange, offset);
+      if (static_cast<int32_t>(now - deadline_ - awaited.grace_ticks) < 0) return false;
+      const uint32_t missing = missing_rank<kRanks>(exchange, awaited);
       if (missing == kRanks) return false;
       record = FailureRecord{missing, row, call}.bits();
     }
@@ -182,6 +193,14 @@ GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pac
   }
 }
 
+// The same to one peer, `distance` ranks further on (1 to kRanks - 1).
+GAN_DEVICE void push_to_one(const ExchangeParams& exchange, uint32_t distance, uint64_t offset,
+                            Pack own) {
+  // Pairs with the load in load_all of that peer.
+  store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[distance - 1].push + offset),
+                    sendable(own));
+}
+
 // One pack of every peer, in the order of areas, as far as they have arrived. No load depends on
 // another or on what it brings: all are under way at once.
 template <uint32_t kRanks>
@@ -190,7 +209,7 @@ GAN_DEVICE void load_all(const ExchangeParams& exchange, uint64_t offset,
 #pragma unroll
   for (uint32_t area = 0; area < kRanks - 1; ++area) {
     // Pairs with the store in push_to_all of the peer whose area it is.
-    from[area] = load_relaxed_sys(reinterpret_cast<const Pack*>(exchange.peer[area].poll + offset));
+    from[area] = load_relaxed_sys(poll_address(exchange, area, offset));
   }
 }
 template <uint32_t kRanks>
@@ -201,14 +220,41 @@ GAN_DEVICE bool all_full(const Pack (&from)[kRanks - 1]) {
   return all;
 }
 
-// What load_all has read becomes empty again. Pairs with the pushes of call number + 2 into the
-// same place: see "Two stages are enough" above.
+// What has been read becomes empty again. Pairs with the pushes of call number + 2 into the same
+// place: see "Two stages are enough" above.
+GAN_DEVICE void clear_one(const ExchangeParams& exchange, uint32_t area, uint64_t offset) {
+  store_relaxed_sys(poll_address(exchange, area, offset), empty_pack());
+}
 template <uint32_t kRanks>
 GAN_DEVICE void clear_all(const ExchangeParams& exchange, uint64_t offset) {
 #pragma unroll
-  for (uint32_t area = 0; area < kRanks - 1; ++area) {
-    store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[area].poll + offset), empty_pack());
+  for (uint32_t area = 0; area < kRanks - 1; ++area) clear_one(exchange, area, offset);
+}
+
+// As clear_all, but in the first area lies then `first`, for this very thread.
+template <uint32_t kRanks>
+GAN_DEVICE void keep_first_clear_rest(const ExchangeParams& exchange, uint64_t offset, Pack first) {
+  store_relaxed_sys(poll_address(exchange, 0, offset), first);
+#pragma unroll
+  for (uint32_t area = 1; area < kRanks - 1; ++area) clear_one(exchange, area, offset);
+}
+
+// T(sum of the ranks' packs in fp32, in rank order). `from` has the peers' in the order of areas,
+// which skips this rank.
+template <DType kType, uint32_t kRanks>
+GAN_DEVICE Pack sum_in_rank_order(uint32_t rank, const Pack (&from)[kRanks - 1], Pack own) {
+  const auto pack_of = [&](uint32_t r) {
+    const Pack after = from[r == 0 ? 0 : r - 1], before = from[r == kRanks - 1 ? r - 1 : r];
+    return r == rank ? own : r < rank ? before : after;
+  };
+  Floats<kType> sum = widen<kType>(pack_of(0));
+#pragma unroll
+  for (uint32_t r = 1; r < kRanks; ++r) {
+    const Floats<kType> f = widen<kType>(pack_of(r));
+#pragma unroll
+    for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) sum.at[i] = add_rn(sum.at[i], f.at[i]);
   }
+  return round_to_pack<kType>(sum);
 }
 
 }  // namespace gan

@@ -5,8 +5,12 @@
 //   stage_bytes   stage 0: an area for each peer
 //   stage_bytes   stage 1: the same
 //
-// Call k uses stage k % 2. Area i of a stage takes the rows that one peer pushes. Between calls
-// every word of both stages is kEmptyWord (pack.cuh); the header starts as zeros.
+// Call k uses stage k % 2. Area i of a stage takes what one peer pushes. Between calls every word
+// of both stages is kEmptyWord (pack.cuh); the header starts as zeros.
+//
+// In an area, one-shot has the peer's rows, one after the other. Two-shot cuts a row into a slice
+// for each rank, and an area has two parts: the peer's rows as far as this rank owns them, a slice
+// of each, and then the sums that the peer made, a slice of each row too.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -33,7 +37,8 @@ struct InboxHeader {
   uint64_t farewell[kMaxRanks];  // [r]: not 0 once rank r, closing, has stopped using this inbox
                                  // (host only)
   uint32_t failure_claim;        // 1 once a thread of this rank has taken on reporting the failure
-  uint32_t padding[31];
+  uint32_t in_use;               // debug mode: calls of this rank that run now
+  uint32_t padding[30];
   CallCopy call[kMaxBlocks];
 };
 inline constexpr uint64_t kHeaderBytes = 8192;
@@ -48,10 +53,52 @@ GAN_HOST_DEVICE uint64_t round_up(uint64_t value, uint64_t to) {
   return (value + to - 1) / to * to;
 }
 
-// Bytes of a rank's inbox that takes one-shot calls of max_rows rows: 2 * (ranks - 1) areas and the
-// header.
-GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t max_rows, uint64_t row_bytes) {
-  const uint64_t area = round_up(max_rows * row_bytes, kAreaAlignment);
+// ---- the slices of a row, by pack ----
+
+// Each rank has one, of row_packs / ranks packs, rounded up or down.
+GAN_HOST_DEVICE uint32_t first_pack_of_slice(uint32_t slice, uint32_t row_packs, uint32_t ranks) {
+  return slice * row_packs / ranks;
+}
+GAN_HOST_DEVICE uint32_t slice_of_pack(uint32_t pack, uint32_t row_packs, uint32_t ranks) {
+  return (ranks * (pack + 1) - 1) / row_packs;
+}
+// Of the longest.
+GAN_HOST_DEVICE uint32_t slice_packs(uint32_t row_packs, uint32_t ranks) {
+  return (row_packs + ranks - 1) / ranks;
+}
+// Who owns a slice: another rank for each row in turn.
+GAN_HOST_DEVICE uint32_t owner_of_slice(uint32_t slice, uint32_t turn, uint32_t ranks) {
+  return (slice + turn) % ranks;
+}
+
+// ---- places in an area, in bytes from its beginning ----
+
+GAN_HOST_DEVICE uint64_t one_shot_slot(uint32_t row, uint32_t pack, uint32_t row_packs) {
+  return (uint64_t{row} * row_packs + pack) * kPackBytes;
+}
+// On the way to the owner. `index`: of the pack in its slice.
+GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t slice_packs) {
+  return (uint64_t{row} * slice_packs + index) * kPackBytes;
+}
+// From there to the like on the way from the owner. `rows`: of the launch.
+GAN_HOST_DEVICE uint64_t two_shot_hop(uint32_t rows, uint32_t slice_packs) {
+  return uint64_t{rows} * slice_packs * kPackBytes;
+}
+
+// What of an area a row takes.
+GAN_HOST_DEVICE uint64_t one_shot_row_bytes(uint64_t row_bytes) { return row_bytes; }
+GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) {
+  return uint64_t{2} * slice_packs(static_cast<uint32_t>(row_bytes / kPackBytes), ranks) *
+         kPackBytes;
+}
+
+// Bytes of a rank's inbox that takes one-shot calls of one_shot_rows and two-shot calls of
+// two_shot_rows: 2 * (ranks - 1) areas and the header.
+GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows,
+                                     uint64_t row_bytes) {
+  const uint64_t one_shot = one_shot_rows * one_shot_row_bytes(row_bytes);
+  const uint64_t two_shot = two_shot_rows * two_shot_row_bytes(ranks, row_bytes);
+  const uint64_t area = round_up(one_shot > two_shot ? one_shot : two_shot, kAreaAlignment);
   return round_up(kHeaderBytes + kStages * (ranks - 1) * area, kAllocationAlignment);
 }
 
@@ -74,7 +121,12 @@ struct InboxLayout {
     return {ranks, area, area * (ranks - 1)};
   }
   // Rows of row_bytes that one launch can take.
-  uint64_t max_rows(uint64_t row_bytes) const { return area_bytes / row_bytes; }
+  uint64_t one_shot_rows(uint64_t row_bytes) const {
+    return area_bytes / one_shot_row_bytes(row_bytes);
+  }
+  uint64_t two_shot_rows(uint64_t row_bytes) const {
+    return area_bytes / two_shot_row_bytes(ranks, row_bytes);
+  }
   // Of stage 0.
   uint64_t area_offset(uint32_t area) const { return kHeaderBytes + area_bytes * area; }
 };

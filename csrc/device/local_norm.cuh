@@ -22,15 +22,25 @@ GAN_KERNEL local_norm(GAN_KERNEL_PARAMETER LocalNormParams params) {
   grid_dependency_wait(norm.x_address(team.first_row(), 0),
                        norm.residual_address(team.first_row(), 0), norm.weight_address(0));
   if (params.trigger != Trigger::kNever) grid_launch_dependents();
+
+  // Where the thread has one pack of a row, it loads that of the next row while the team waits.
+  Pack sum = zero_pack();
+  const auto fetch = [&](uint32_t row, uint32_t j) {
+    if (row >= rows.rows || !norm.in_row(j)) return;
+    sum = norm.load_x(row, j);
+    norm.expect(row, j);
+  };
+  if (kOnePack) fetch(team.first_row(), 0);
 #pragma unroll 1
   for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
     for (uint32_t j = 0; j < team.packs; ++j) {
-      const Pack sum = norm.in_row(j) ? norm.load_x(row, j) : zero_pack();
-      norm.expect(row, j);
+      if (!kOnePack) fetch(row, j);
       norm.expect_weight(j);
       norm.accept(row, j, sum);
     }
-    norm.finish(row);
+    norm.finish(row, [&] {
+      if (kOnePack) fetch(row + team.row_step(), 0);
+    });
   }
 }
 

@@ -28,28 +28,11 @@
 
 namespace gan {
 
-// T(sum of the ranks' packs in fp32, in rank order). `from` has the peers' in the order of areas,
-// which skips this rank.
-template <DType kType, uint32_t kRanks>
-GAN_DEVICE Pack sum_in_rank_order(uint32_t rank, const Pack (&from)[kRanks - 1], Pack own) {
-  const auto pack_of = [&](uint32_t r) {
-    const Pack after = from[r == 0 ? 0 : r - 1], before = from[r == kRanks - 1 ? r - 1 : r];
-    return r == rank ? own : r < rank ? before : after;
-  };
-  Floats<kType> sum = widen<kType>(pack_of(0));
-#pragma unroll
-  for (uint32_t r = 1; r < kRanks; ++r) {
-    const Floats<kType> f = widen<kType>(pack_of(r));
-#pragma unroll
-    for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) sum.at[i] = add_rn(sum.at[i], f.at[i]);
-  }
-  return round_to_pack<kType>(sum);
-}
-
 template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
-GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
+GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   // Beside the packs of seven peers there are no registers for it.
   constexpr bool kWeightEarly = kRanks < kMaxRanks;
+  constexpr bool kLoadsAhead = kOnePack && kRanks < kMaxRanks - 1;
   const RowParams& rows = params.row;
   const ExchangeParams& exchange = params.exchange;
   auto& segments = block_shared<SegmentSums>();
@@ -64,21 +47,23 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
   // What the thread needs for pack j of a row besides the peers' packs.
   Pack own;
   const auto fetch = [&](uint32_t row, uint32_t j) {
-    if (!norm.in_row(j)) return;
+    if (row >= rows.rows || !norm.in_row(j)) return;
     own = norm.load_x(row, j);
     norm.expect(row, j);
     if (kWeightEarly) norm.expect_weight(j);
   };
 
-  // Where the thread has one pack, all of the first row is fetched now and stays in registers.
-  const auto is_here = [&](uint32_t row) { return kOnePack && row == team.first_row(); };
+  // Where the thread has one pack of a row, it fetches all of the first row now, and of another
+  // while the team waits in the row before.
   if (kOnePack) fetch(team.first_row(), 0);
+  const auto is_here = [&](uint32_t row) {
+    return kLoadsAhead || (kOnePack && row == team.first_row());
+  };
 
   Call call = begin_call(exchange);
   // Bytes from a rank's area of stage 0 to this thread's pack j of a row.
   const auto slot = [&](uint32_t row, uint32_t j) {
-    return call.stage_offset(exchange) +
-           (uint64_t{row} * rows.row_packs + team.pack(j)) * kPackBytes;
+    return call.stage_offset(exchange) + one_shot_slot(row, team.pack(j), rows.row_packs);
   };
 
   // 1.
@@ -112,7 +97,8 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
         for (uint32_t polls = 1; !call.broken; ++polls) {
           load_all<kRanks>(exchange, offset, from);
           if (all_full<kRanks>(from)) break;
-          call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row, offset);
+          call.broken =
+              wait.is_over<kRanks>(exchange, polls, call.number, row, {offset, 0, kRanks - 1, 0});
         }
         order_calls(row, team.pack(j));
         if (!call.broken) sum = sum_in_rank_order<kType, kRanks>(exchange.rank, from, own);
@@ -123,7 +109,9 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER OneShotParams params) {
       // 4.
       if (norm.in_row(j) && !call.broken) clear_all<kRanks>(exchange, offset);
     }
-    const bool has_nan = norm.finish(row);
+    const bool has_nan = norm.finish(row, [&] {
+      if (kLoadsAhead) fetch(row + team.row_step(), 0);
+    });
     if (GAN_UNLIKELY(has_nan) && has_failed(exchange)) {
       // A thread of the team gave up, on this row as far as one can tell: none of it counts, and
       // the team waits no more.

@@ -57,15 +57,26 @@ struct ExchangeParams {
   uint32_t rank;
   PeerAreas peer[kMaxRanks - 1];  // [i], i < ranks - 1
   // Only where a peer is late:
-  uint32_t timeout_ticks;  // how long a call may wait for peers
-  uint64_t* host_failure;  // pinned host memory: a FailureRecord's bits once a call has failed
+  uint32_t timeout_ticks;      // how long a call may wait for peers
+  uint32_t owner_grace_ticks;  // how much longer for one that may be waiting for another itself
+  uint64_t* host_failure;      // pinned host memory: a FailureRecord's bits once a call has failed
   uint8_t* peer_inbox[kMaxRanks];  // [r]: rank r's inbox
 };
 
-struct OneShotParams {
+// What two-shot needs besides. The kernel could compute it, but has no registers to keep it in.
+struct TwoShotParams {
+  uint32_t lead;         // by how many rows a team's pushes are ahead of its sums
+  uint32_t slice_packs;  // of the longest slice of a row
+  uint64_t hop_bytes;  // from a pack's place on its way to the owner to that on its way from there
+  uint64_t zero;       // 0, which the compiler does not know
+};
+
+// Of all kernels that exchange.
+struct FusedParams {
   RowParams row;
   Trigger trigger;
   ExchangeParams exchange;
+  TwoShotParams two_shot;
 };
 
 struct LocalNormParams {

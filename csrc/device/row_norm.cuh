@@ -167,8 +167,8 @@ class RowPacks {
 enum class Form { kAny, kResidual, kSandwich };
 
 // The epilogue of a row after another. For each row: expect(row, j), expect_weight(j) and
-// accept(row, j, sum) for every pack j of the thread, then finish(row), with all threads of the
-// team.
+// accept(row, j, sum) for every pack j of the thread, then finish(row, ...), with all threads of
+// the team.
 template <DType kType, bool kOnePack, Form kForm>
 class RowNorm {
  public:
@@ -196,10 +196,13 @@ class RowNorm {
   }
 
   // Writes what is left of the row. True when an element of it is NaN: the caller may know why.
-  GAN_DEVICE bool finish(uint32_t row) {
+  // Calls prepare_next() before the team waits for each other for the last time; it may expect the
+  // only pack of another row.
+  template <class PrepareNext>
+  GAN_DEVICE bool finish(uint32_t row, PrepareNext prepare_next) {
     if (GAN_UNLIKELY(is_sandwich())) {
       const Pack next_weight = kOnePack ? load_weight(params_.weight, 0) : zero_pack();
-      const float post_rstd = reduce();
+      const float post_rstd = reduce([] {});
       for (uint32_t j = 0; j < team_.packs; ++j) {
         if (!kOnePack) {
           expect(row, j);
@@ -211,7 +214,7 @@ class RowNorm {
         packs_.set(j, enter_residual(row, j, p));
       }
     }
-    const float rstd = reduce();
+    const float rstd = reduce(prepare_next);
     for (uint32_t j = 0; j < team_.packs; ++j) {
       if (!kOnePack) weight_ = load_weight(params_.weight, j);
       if (in_row(j)) {
@@ -227,6 +230,14 @@ class RowNorm {
     for (uint32_t j = 0; j < team_.packs; ++j) {
       if (in_row(j)) store_pack(params_.residual_out, row, j, nan_pack());
     }
+  }
+
+  // Of a row that comes later.
+  GAN_DEVICE void prefetch_x(uint32_t row, uint32_t j) {
+    if (row < params_.rows && in_row(j)) prefetch(x_address(row, j));
+  }
+  GAN_DEVICE void prefetch_residual(uint32_t row, uint32_t j) {
+    if (row < params_.rows && in_row(j)) prefetch(residual_address(row, j));
   }
 
   GAN_DEVICE bool in_row(uint32_t j) const { return team_.pack(j) < params_.row_packs; }
@@ -304,8 +315,10 @@ class RowNorm {
 
   // rstd of the row, of which all packs have been given to add_squares. What does not need it is
   // done while the team waits for each other.
-  GAN_DEVICE float reduce() {
+  template <class Meanwhile>
+  GAN_DEVICE float reduce(Meanwhile meanwhile) {
     if (kOnePack) scale_ = scale_of<kType>(params_.weight_bias, widen<kType>(weight_));
+    meanwhile();
     const uint32_t buffer = reductions_ % 2;
     if (team_.cluster.blocks == 1) {
       block_sync();

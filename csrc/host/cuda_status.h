@@ -8,11 +8,15 @@
 namespace gan {
 
 // Throws `what: got <CUDA's words>`, and leaves no error behind for the next caller to find.
-inline void check_cuda(cudaError_t status, const std::string& what) {
+// A literal is not made a string as long as all is well.
+inline void check_cuda(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  throw std::runtime_error(what + "; got " + cudaGetErrorName(status) + " (" +
+  throw std::runtime_error(std::string(what) + "; got " + cudaGetErrorName(status) + " (" +
                            cudaGetErrorString(status) + ")");
+}
+inline void check_cuda(cudaError_t status, const std::string& what) {
+  check_cuda(status, what.c_str());
 }
 
 // The current device, put back at the end of the scope.

@@ -17,6 +17,21 @@ inline uint32_t timeout_ticks_of(uint64_t timeout_ns) {
   return static_cast<uint32_t>(std::clamp<uint64_t>(ticks, 1, kMaxTimeoutTicks));
 }
 
+// Who waits for a rank that may be waiting itself lets that one's deadline end first, though it
+// came to the call later: by as much as the timeout, but no more than a second.
+inline uint32_t owner_grace_of(uint32_t timeout_ticks) {
+  return std::min<uint32_t>(timeout_ticks, 1'000'000'000 >> kTickBits);
+}
+
+// Of a launch of so many rows by so many teams. Where no team has a second row, none is pushed
+// ahead.
+inline TwoShotParams two_shot_params(uint32_t ranks, uint32_t rows, uint32_t row_packs,
+                                     uint32_t teams, uint32_t lead_rows) {
+  const uint32_t packs = slice_packs(row_packs, ranks);
+  const uint32_t later_rows = (rows - 1) / teams;  // of a team, at most
+  return {std::min(lead_rows, later_rows), packs, two_shot_hop(rows, packs), 0};
+}
+
 // `inboxes`: by rank, as mapped in this process, the own one among them.
 inline ExchangeParams exchange_params(const InboxLayout& layout, uint32_t rank,
                                       const std::vector<uint8_t*>& inboxes, uint32_t timeout_ticks,
@@ -32,6 +47,7 @@ inline ExchangeParams exchange_params(const InboxLayout& layout, uint32_t rank,
     exchange.peer[i].poll = inboxes[rank] + layout.area_offset(i);
   }
   exchange.timeout_ticks = timeout_ticks;
+  exchange.owner_grace_ticks = owner_grace_of(timeout_ticks);
   exchange.host_failure = host_failure;
   std::copy(inboxes.begin(), inboxes.end(), exchange.peer_inbox);
   return exchange;

@@ -1,11 +1,12 @@
-// The kernels of one dtype, chosen by number of ranks, packs a thread and form. Each
-// launch_<dtype>.cu instantiates it, so that they compile side by side. An algorithm is a line here
-// and a function in launch.cu. Without CUDA, so that the emulator's tests have the same table.
+// The kernels of one dtype, chosen by algorithm, number of ranks, packs a thread and form. Each
+// launch_<dtype>.cu instantiates it, so that they compile side by side. An algorithm is a line of
+// fused() here. Without CUDA, so that the emulator's tests have the same table.
 #pragma once
 #include "device/local_norm.cuh"
 #include "device/one_shot.cuh"
 #include "device/params.h"
 #include "device/row_norm.cuh"
+#include "device/two_shot.cuh"
 #include "host/plan.h"
 
 namespace gan {
@@ -18,12 +19,27 @@ inline constexpr bool kHasForms = kType == DType::kBFloat16;
 
 template <DType kType>
 struct KernelTable {
-  using OneShot = void (*)(OneShotParams);
+  using Fused = void (*)(FusedParams);
   using LocalNorm = void (*)(LocalNormParams);
 
-  static OneShot one_shot(uint32_t ranks, bool one_pack, Form form);  // null: not so many ranks
+  // Null: not for so many ranks.
+  static Fused fused(Algorithm algorithm, uint32_t ranks, bool one_pack, Form form);
   static LocalNorm local_norm(bool one_pack, Form form);
 };
+
+// Calls body with the table of a dtype.
+template <class Body>
+auto with_table(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(KernelTable<DType::kBFloat16>{});
+    case DType::kFloat16:
+      return body(KernelTable<DType::kFloat16>{});
+    case DType::kFloat32:
+      break;
+  }
+  return body(KernelTable<DType::kFloat32>{});
+}
 
 inline Form form_of(const RowParams& row) {
   if (row.residual == nullptr || row.weights_fp32 != 0) return Form::kAny;
@@ -41,33 +57,42 @@ inline bool is_possible(const LaunchShape& shape, const RowParams& row) {
       shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
   return shape.teams > 0 && shape.teams <= row.rows && shape.blocks() <= kMaxBlocks &&
          shape.threads % kSegmentPacks == 0 && segments <= kMaxSegments &&
-         segments * kSegmentPacks >= row.row_packs;
+         segments * kSegmentPacks >= row.row_packs && shape.lead_rows > 0;
 }
 
 namespace detail {
 
+template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
+typename KernelTable<kType>::Fused fused_of(Algorithm algorithm) {
+  // With seven peers that one does not do with 64 registers everywhere (sm_100).
+  constexpr Form kTwoShotForm =
+      kForm == Form::kSandwich && kRanks == kMaxRanks ? Form::kAny : kForm;
+  return algorithm == Algorithm::kOneShot ? one_shot<kType, kRanks, kOnePack, kForm>
+                                          : two_shot<kType, kRanks, kOnePack, kTwoShotForm>;
+}
+
 template <DType kType, uint32_t kRanks>
-typename KernelTable<kType>::OneShot one_shot_of(bool one_pack, Form form) {
-  if (!one_pack) return one_shot<kType, kRanks, false, Form::kAny>;
+typename KernelTable<kType>::Fused fused_of(Algorithm algorithm, bool one_pack, Form form) {
+  if (!one_pack) return fused_of<kType, kRanks, false, Form::kAny>(algorithm);
   if constexpr (kHasForms<kType>) {
-    if (form == Form::kResidual) return one_shot<kType, kRanks, true, Form::kResidual>;
-    if (form == Form::kSandwich) return one_shot<kType, kRanks, true, Form::kSandwich>;
+    if (form == Form::kResidual) return fused_of<kType, kRanks, true, Form::kResidual>(algorithm);
+    if (form == Form::kSandwich) return fused_of<kType, kRanks, true, Form::kSandwich>(algorithm);
   }
-  return one_shot<kType, kRanks, true, Form::kAny>;
+  return fused_of<kType, kRanks, true, Form::kAny>(algorithm);
 }
 
 }  // namespace detail
 
 template <DType kType>
-typename KernelTable<kType>::OneShot KernelTable<kType>::one_shot(uint32_t ranks, bool one_pack,
-                                                                  Form form) {
-  using detail::one_shot_of;
-  static constexpr OneShot (*kOf[])(bool, Form) = {
-      one_shot_of<kType, 2>, one_shot_of<kType, 3>, one_shot_of<kType, 4>, one_shot_of<kType, 5>,
-      one_shot_of<kType, 6>, one_shot_of<kType, 7>, one_shot_of<kType, 8>,
+typename KernelTable<kType>::Fused KernelTable<kType>::fused(Algorithm algorithm, uint32_t ranks,
+                                                             bool one_pack, Form form) {
+  using detail::fused_of;
+  static constexpr Fused (*kOf[])(Algorithm, bool, Form) = {
+      fused_of<kType, 2>, fused_of<kType, 3>, fused_of<kType, 4>, fused_of<kType, 5>,
+      fused_of<kType, 6>, fused_of<kType, 7>, fused_of<kType, 8>,
   };
   if (ranks < kMinRanks || ranks > kMaxRanks) return nullptr;
-  return kOf[ranks - kMinRanks](one_pack, form);
+  return kOf[ranks - kMinRanks](algorithm, one_pack, form);
 }
 
 template <DType kType>

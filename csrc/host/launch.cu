@@ -1,3 +1,4 @@
+#include "device/in_use.cuh"
 #include "device/inbox.h"
 #include "device/pack.cuh"
 #include "device/row_norm.cuh"
@@ -11,20 +12,6 @@ extern template struct KernelTable<DType::kFloat16>;
 extern template struct KernelTable<DType::kFloat32>;
 
 namespace {
-
-// Calls body with the dtype as a constant.
-template <class Body>
-auto with_dtype(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return body(KernelTable<DType::kBFloat16>{});
-    case DType::kFloat16:
-      return body(KernelTable<DType::kFloat16>{});
-    case DType::kFloat32:
-      break;
-  }
-  return body(KernelTable<DType::kFloat32>{});
-}
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, const LaunchShape& shape,
@@ -62,29 +49,51 @@ cudaError_t preload(Kernel kernel, bool one_pack) {
 
 }  // namespace
 
-cudaError_t launch_one_shot(DType dtype, uint32_t ranks, const OneShotParams& params,
-                            const LaunchShape& shape, cudaStream_t stream) {
-  return with_dtype(dtype, [&](auto table) {
-    return launch(table.one_shot(ranks, shape.packs_a_thread == 1, form_of(params.row)), params,
-                  shape, stream);
+cudaError_t launch_fused(DType dtype, uint32_t ranks, const FusedParams& params,
+                         const LaunchShape& shape, cudaStream_t stream) {
+  return with_table(dtype, [&](auto table) {
+    return launch(
+        table.fused(shape.algorithm, ranks, shape.packs_a_thread == 1, form_of(params.row)), params,
+        shape, stream);
   });
 }
 
 cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const LaunchShape& shape,
                               cudaStream_t stream) {
-  return with_dtype(dtype, [&](auto table) {
+  return with_table(dtype, [&](auto table) {
     return launch(table.local_norm(shape.packs_a_thread == 1, form_of(params.row)), params, shape,
                   stream);
   });
 }
 
+cudaError_t launch_enter_call(uint8_t* inbox, uint64_t* host_overlap, cudaStream_t stream) {
+  enter_call<<<1, 1, 0, stream>>>(inbox, host_overlap);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_leave_call(uint8_t* inbox, cudaStream_t stream) {
+  leave_call<<<1, 1, 0, stream>>>(inbox);
+  return cudaGetLastError();
+}
+
 cudaError_t preload_kernels(uint32_t ranks) {
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(enter_call), reinterpret_cast<const void*>(leave_call)}) {
+    cudaFuncAttributes unused;
+    const cudaError_t status = cudaFuncGetAttributes(&unused, kernel);
+    if (status != cudaSuccess) return status;
+  }
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
     for (const bool one_pack : {false, true}) {
       for (const Form form : {Form::kAny, Form::kResidual, Form::kSandwich}) {
-        const cudaError_t status = with_dtype(dtype, [&](auto table) {
-          return ranks == 1 ? preload(table.local_norm(one_pack, form), one_pack)
-                            : preload(table.one_shot(ranks, one_pack, form), one_pack);
+        const cudaError_t status = with_table(dtype, [&](auto table) {
+          if (ranks == 1) return preload(table.local_norm(one_pack, form), one_pack);
+          for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
+            const cudaError_t failed =
+                preload(table.fused(algorithm, ranks, one_pack, form), one_pack);
+            if (failed != cudaSuccess) return failed;
+          }
+          return cudaSuccess;
         });
         if (status != cudaSuccess) return status;
       }

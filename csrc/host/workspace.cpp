@@ -1,6 +1,7 @@
 #include "host/workspace.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -98,31 +99,33 @@ std::shared_ptr<uint64_t> pinned_word() {
           }};
 }
 
+bool is_debug_mode() {
+  const char* value = std::getenv("GEMMA_AR_NORM_DEBUG");
+  return value != nullptr && *value != 0 && std::strcmp(value, "0") != 0;
+}
+
 uint32_t row_packs_of(const CallArguments& call) { return call.row.row_packs; }
 
-// The rows from `first` on.
-RowParams rows_from(const RowParams& all, uint64_t first, uint64_t row_bytes) {
-  const uint64_t offset = first * row_bytes;
+uint64_t row_bytes_of(const CallArguments& call) {
+  return uint64_t{row_packs_of(call)} * kPackBytes;
+}
+
+// Of a launch of that shape: `rows` rows of the call, from `first` on.
+RowParams rows_from(const CallArguments& call, uint64_t first, uint64_t rows,
+                    const LaunchShape& shape) {
+  const uint64_t offset = first * row_bytes_of(call);
   const auto in = [&](const void* p) -> const void* {
     return p == nullptr ? nullptr : static_cast<const uint8_t*>(p) + offset;
   };
   const auto out = [&](void* p) -> void* { return static_cast<uint8_t*>(p) + offset; };
-  RowParams rows = all;
-  rows.x = in(all.x);
-  rows.residual = in(all.residual);
-  rows.norm_out = out(all.norm_out);
-  rows.residual_out = out(all.residual_out);
-  return rows;
-}
-
-// A launch counts rows in 32 bits, and a FailureRecord in fewer.
-constexpr uint64_t kMaxLaunchRows = uint64_t{1} << FailureRecord::kRowBits;
-
-// Calls launch(first_row, rows) until all rows are done.
-template <class Launch>
-void for_each_chunk(uint64_t rows, uint64_t chunk_rows, Launch launch) {
-  for (uint64_t first = 0; first < rows; first += chunk_rows)
-    launch(first, std::min(chunk_rows, rows - first));
+  RowParams part = call.row;
+  part.x = in(call.row.x);
+  part.residual = in(call.row.residual);
+  part.norm_out = out(call.row.norm_out);
+  part.residual_out = out(call.row.residual_out);
+  part.rows = static_cast<uint32_t>(rows);
+  part.packs_a_thread = shape.packs_a_thread;
+  return part;
 }
 
 }  // namespace
@@ -142,7 +145,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
                                 " and rank below it are required; got rank " +
                                 std::to_string(rank) + " of " + std::to_string(ranks));
   }
-  if (inbox_bytes < gan::inbox_bytes(ranks, 1, kPackBytes) ||
+  if (inbox_bytes < gan::inbox_bytes(ranks, 1, 1, kPackBytes) ||
       inbox_bytes % kAllocationAlignment != 0) {
     throw std::invalid_argument("inbox_bytes: what inbox_bytes() returns is required; got " +
                                 std::to_string(inbox_bytes));
@@ -154,6 +157,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
   check_cuda(preload_kernels(ranks), "kernels: a GPU that this build has code for is required");
   inbox_ = std::make_shared<DeviceInbox>(device, inbox_bytes);
   host_failure_ = pinned_word();
+  if (is_debug_mode()) host_overlap_ = pinned_word();
   mapped_.assign(ranks, nullptr);
 }
 
@@ -292,6 +296,16 @@ std::optional<FailureRecord> Workspace::failure() const {
   return FailureRecord::of(bits);
 }
 
+bool Workspace::has_overlapped() const {
+  return host_overlap_ != nullptr && __atomic_load_n(host_overlap_.get(), __ATOMIC_RELAXED) != 0;
+}
+
+static bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(stream, &capture), "stream: a usable one is required");
+  return capture != cudaStreamCaptureStatusNone;
+}
+
 // Two calls of a workspace that ran at once would use the same call number.
 void Workspace::order_after_other_streams(cudaStream_t stream) {
   if (!last_stream_ || *last_stream_ == stream) return;
@@ -313,25 +327,31 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
         "workspace: an open one, connected to its peers, is required; got a closed one; call "
         "init()");
   }
-  const uint64_t row_bytes = uint64_t{row_packs_of(call)} * kPackBytes;
-  const uint64_t chunk = std::min(max_rows(row_bytes), kMaxLaunchRows);
-  if (chunk == 0) {
-    throw std::runtime_error("workspace: room for one row of " + std::to_string(row_bytes) +
-                             " bytes is required; got " + std::to_string(layout_.area_bytes) +
-                             "; call init() with a larger hidden_size or max_rows");
-  }
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  check_cuda(cudaStreamIsCapturing(stream, &capture), "stream: a usable one is required");
-  const bool eager = capture == cudaStreamCaptureStatusNone;
+  // While all calls come from one stream, it has them in order.
+  const bool has_order = last_stream_ == stream && last_call_ == nullptr;
+  const bool eager = !has_order && !is_capturing(stream);
   if (eager) order_after_other_streams(stream);
-  for_each_chunk(call.rows, chunk, [&](uint64_t first, uint64_t rows) {
-    const LaunchShape shape = choose(rules_, rows, row_packs_of(call));
-    OneShotParams params{rows_from(call.row, first, row_bytes), shape.trigger, exchange_};
-    params.row.rows = static_cast<uint32_t>(rows);
-    params.row.packs_a_thread = shape.packs_a_thread;
-    check_cuda(launch_one_shot(call.dtype, ranks_, params, shape, stream),
-               "launch: a kernel that starts is required");
-  });
+  constexpr const char* kStarts = "launch: a kernel that starts is required";
+  if (host_overlap_ != nullptr)
+    check_cuda(launch_enter_call(inbox_->data(), host_overlap_.get(), stream), kStarts);
+  for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
+    const PlannedLaunch next =
+        next_launch(rules_, layout_, call.rows - first, row_packs_of(call), call.algorithm);
+    rows = next.rows;
+    if (rows == 0) {
+      throw std::runtime_error("workspace: room for one row of " +
+                               std::to_string(row_bytes_of(call)) + " bytes is required; got " +
+                               std::to_string(layout_.area_bytes) +
+                               "; call init() with a larger hidden_size or max_rows");
+    }
+    const LaunchShape shape = next.shape(row_packs_of(call));
+    const RowParams part = rows_from(call, first, rows, shape);
+    const FusedParams params{
+        part, shape.trigger, exchange_,
+        two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
+    check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
+  }
+  if (host_overlap_ != nullptr) check_cuda(launch_leave_call(inbox_->data(), stream), kStarts);
   if (!eager) return;
   last_stream_ = stream;
   if (last_call_ != nullptr) {
@@ -339,39 +359,50 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   }
 }
 
+// Of the local kernels: small launches let the next one start early, large ones take whole SMs, as
+// plan.py has it for the others.
+static std::vector<PlanRule> local_rules(const DeviceInfo& device) {
+  constexpr uint32_t kRowsOfSmall = 3;  // a multiprocessor
+  PlanRule large{};
+  large.max_rows = large.max_row_packs = UINT32_MAX;
+  large.max_packs = UINT64_MAX;
+  large.blocks_a_team = large.lead_rows = 1;
+  large.max_threads = kMaxThreadsAMultiprocessor / 2;
+  large.threads_a_multiprocessor = kMaxThreadsAMultiprocessor;
+  large.trigger = Trigger::kNever;
+  large.multiprocessors = static_cast<uint32_t>(device.multiprocessors);
+  if (device.major < 9) return {large};
+  PlanRule small = large;
+  small.max_rows = kRowsOfSmall * large.multiprocessors;
+  small.threads_a_multiprocessor /= 2;
+  small.trigger = Trigger::kAtStart;
+  return {small, large};
+}
+
 void run_local(int device, const CallArguments& call, cudaStream_t stream) {
   // A device's properties do not change; asking for them takes longer than a launch.
   static std::mutex mutex;
-  static std::unordered_map<int, PlanRule> rules;
-  PlanRule rule;
+  static std::unordered_map<int, std::vector<PlanRule>> rules_of;
+  const std::vector<PlanRule>* rules;
   {
     const std::lock_guard<std::mutex> lock(mutex);
-    auto found = rules.find(device);
-    if (found == rules.end()) {
+    auto found = rules_of.find(device);
+    if (found == rules_of.end()) {
       const DeviceInfo info = device_info(device);
       DeviceScope scope(device);
       check_cuda(preload_kernels(1), "kernels: a GPU that this build has code for is required");
-      const Trigger trigger = info.major >= 9 ? Trigger::kAtStart : Trigger::kNever;
-      const PlanRule made{UINT32_MAX,
-                          UINT32_MAX,
-                          Algorithm::kOneShot,
-                          1,
-                          kThreadsAMultiprocessor,
-                          trigger,
-                          static_cast<uint32_t>(info.multiprocessors)};
-      found = rules.emplace(device, made).first;
+      found = rules_of.emplace(device, local_rules(info)).first;
     }
-    rule = found->second;
+    rules = &found->second;
   }
-  const uint64_t row_bytes = uint64_t{row_packs_of(call)} * kPackBytes;
-  for_each_chunk(call.rows, kMaxLaunchRows, [&](uint64_t first, uint64_t rows) {
-    const LaunchShape shape = shape_of(rule, rows, row_packs_of(call));
-    LocalNormParams params{rows_from(call.row, first, row_bytes), shape.trigger};
-    params.row.rows = static_cast<uint32_t>(rows);
-    params.row.packs_a_thread = shape.packs_a_thread;
+  for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
+    rows = std::min<uint64_t>(call.rows - first, UINT32_MAX);
+    const LaunchShape shape =
+        shape_of(choose(*rules, rows, row_packs_of(call)), rows, row_packs_of(call));
+    const LocalNormParams params{rows_from(call, first, rows, shape), shape.trigger};
     check_cuda(launch_local_norm(call.dtype, params, shape, stream),
                "launch: a kernel that starts is required");
-  });
+  }
 }
 
 // ---- registry ----

@@ -24,6 +24,7 @@ struct CallArguments {
   DType dtype;
   uint64_t rows;
   RowParams row;
+  std::optional<Algorithm> algorithm;  // none: the plan's
 };
 
 class DeviceInbox;
@@ -51,9 +52,9 @@ class GAN_API Workspace {
 
   // Whom the first failed call missed.
   std::optional<FailureRecord> failure() const;
-  // Rows of row_bytes that one launch can take.
-  uint64_t max_rows(uint64_t row_bytes) const { return layout_.max_rows(row_bytes); }
-
+  // Debug mode (GEMMA_AR_NORM_DEBUG=1 when the workspace was made): whether two calls ran at the
+  // same time.
+  bool has_overlapped() const;
   // Unmaps the peers' inboxes, which have never been used, without a farewell. When all ranks have
   // done so, close() frees the own one at once.
   void disconnect();
@@ -83,6 +84,7 @@ class GAN_API Workspace {
   std::vector<std::shared_ptr<DeviceInbox>> local_inboxes_;  // of connect_local
   std::vector<uint8_t*> mapped_;            // of open_peers, by rank; null where nothing is mapped
   std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
+  std::shared_ptr<uint64_t> host_overlap_;  // the same, in debug mode; else null
   bool connected_ = false, closed_ = false;
 
   std::mutex call_mutex_;  // held while a call is queued

@@ -41,8 +41,10 @@ class FakeNative:
     def peer_access(self, device: int, uuid: str) -> str:
         return self.no_access.get(uuid, "")
 
-    def inbox_bytes(self, ranks: int, max_rows: int, row_bytes: int) -> int:
-        return ranks * max_rows * row_bytes
+    def inbox_bytes(
+        self, ranks: int, one_shot_rows: int, two_shot_rows: int, row_bytes: int
+    ) -> int:
+        return ranks * (1000 * one_shot_rows + two_shot_rows) * row_bytes
 
     def reclaim(self) -> int:
         return 0
@@ -68,6 +70,7 @@ class FakeWorkspace:
         self.closed = False
         self.peers: list[bytes] = []
         self.failed: tuple[int, int, int] | None = None
+        self.overlapped = False
         self.disconnected = False
 
     def ipc_handle(self) -> bytes:
@@ -89,8 +92,8 @@ class FakeWorkspace:
     def failure(self) -> tuple[int, int, int] | None:
         return self.failed
 
-    def max_rows(self, row_bytes: int) -> int:
-        return 256
+    def has_overlapped(self) -> bool:
+        return self.overlapped
 
     def close(self) -> None:
         assert not self.closed, "closed twice"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from dataclasses import replace
 
 import checks
 import pytest
@@ -192,24 +193,50 @@ def test_misaligned_and_strided_inputs():
 # ----------------------------------------------------------------------------------------- compile
 
 
-def test_compile_makes_one_op_and_does_not_recompile_for_rows():
+def assert_one_op(graphs) -> None:
+    """Every graph has our op once, among others."""
+    for graph in graphs:
+        calls = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+        assert len([name for name in calls if "gemma_ar_norm" in name]) == 1, calls
+        assert len(calls) > 3, calls
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "two_shot"])
+@pytest.mark.parametrize("how", ["dynamic", "mark_dynamic"])
+def test_compile_makes_one_op_and_does_not_recompile_for_rows(how, algorithm):
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
 
-    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
-    def layer(x, weight, residual):
-        norm_out, residual = call(x, weight, residual, weight_bias=0.0)
-        return norm_out.neg(), residual
+    def eager(x, weight, residual):
+        norm_out, residual = call(x + 1, weight, residual * 2, weight_bias=0.0, algorithm=algorithm)
+        return norm_out.neg(), residual.abs()
 
-    counts = []
-    for rows in (2, 64, 7, 333):
+    dynamic = True if how == "dynamic" else None
+    layer = torch.compile(eager, fullgraph=True, dynamic=dynamic, backend=counter)
+
+    def check(rows: int) -> int:
         made = checks.make_case(1, rows, 640, BF16, weight_bias=0.0)
-        norm_out, residual = layer(made.xs[0], made.weight, made.residual)
-        assert_result((norm_out.neg(), residual), made)
-        counts.append(counter.frame_count)  # torch itself may start over within the first call
-    assert counts == [counts[0]] * 4
-    ours = [n for n in counter.graphs[-1].graph.nodes if "gemma_ar_norm" in str(n.target)]
-    assert len(ours) == 1
+        x, residual = made.xs[0], made.residual
+        if how == "mark_dynamic" and rows > 1:  # torch has graphs of their own for 0 and 1
+            for one in (x, residual):
+                torch._dynamo.mark_dynamic(one, 0)
+        got = layer(x, made.weight, residual)
+        for one, expected in zip(got, eager(x, made.weight, residual), strict=True):
+            checks.assert_bit_equal(one, expected, made)
+        norm_out, residual_out = replace(made, xs=[x + 1], residual=residual * 2).expected()
+        checks.assert_bit_equal(got[0], norm_out.neg(), made)
+        checks.assert_bit_equal(got[1], residual_out.abs(), made)
+        return counter.frame_count
+
+    counts = [check(rows) for rows in (2, *range(3, 41), 64, 127, 333, 1024, 2048)]
+    assert counts == counts[:1] * len(counts)  # torch itself may start over within the first call
+    once = counts[0]
+    # 0 and 1 are numbers to torch, and not sizes: a graph each at most, and that once.
+    few = [check(rows) for rows in (1, 0)]
+    assert once <= few[0] <= once + 1
+    assert few[0] <= few[1] <= few[0] + 1
+    assert [check(rows) for rows in (0, 1, 2, 17, 1, 0, 96)] == few[1:] * 7
+    assert_one_op(counter.graphs[once - 1 :])
 
 
 @pytest.mark.parametrize("alias", ["residual", "none"])
@@ -268,10 +295,7 @@ def test_explain_on_a_gpu(monkeypatch):
             return 4
 
     class Native:
-        inbox_bytes = 4096
-
-        def max_rows(self, row_bytes):
-            return 4096 * 256 // row_bytes
+        inbox_bytes = 4 << 20
 
     rank = Rank()
     assert explain(group=rank).path == "undecided"
@@ -281,24 +305,50 @@ def test_explain_on_a_gpu(monkeypatch):
     monkeypatch.setitem(workspace._records, me.name, workspace.Workspace(me, "no NVLink"))
     said = explain(group=rank)
     assert (said.path, said.reason, said.launches) == ("unfused", "no NVLink", 1)
-    with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*no NVLink"):
-        explain(group=rank, algorithm="one_shot")
+    for algorithm in plan.FUSED_ALGORITHMS:
+        with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*no NVLink"):
+            explain(group=rank, algorithm=algorithm)
+        with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*one rank"):
+            explain(algorithm=algorithm)
 
     rules = plan.make_rules(
-        ranks=4, multiprocessors=132, compute_capability=(9, 0), max_cluster=8, shared_device=False
+        ranks=4,
+        multiprocessors=132,
+        compute_capability=(9, 0),
+        max_cluster=8,
+        shared_device=False,
+        one_gpu=False,
     )
-    fused = workspace.Workspace(me, "all is well", rules=rules)
-    fused.fused, fused._native = True, Native()
+    fused = workspace.Workspace(me, "all is well", Native(), rules=rules)
     monkeypatch.setitem(workspace._records, me.name, fused)
-    said = explain(group=rank)
-    shape = _C.choose(rules, 64, 5376 * 2 // 16)
-    assert (said.path, said.launches, said.threads) == ("one_shot", 1, shape["threads"])
-    assert said.blocks == shape["teams"] * shape["blocks_a_team"] > 0
-    assert "4 rank(s): one_shot [1 launch, " in str(said)
-    assert explain(98, group=rank).launches == 2  # 97 rows fit
+    row_packs, most = 5376 * 2 // 16, plan.crossover_bytes(4, 9) // (5376 * 2)
+    assert 0 < most < 64
+    # 4 MiB: 64 rows by one-shot, twice as many by two-shot.
+    for rows, options, path, launches in (
+        (most, {}, "one_shot", 1),
+        (most + 1, {}, "two_shot", 1),
+        (64, {"algorithm": "one_shot"}, "one_shot", 1),
+        (65, {"algorithm": "one_shot"}, "one_shot", 2),
+        (1, {"algorithm": "two_shot"}, "two_shot", 1),
+        (128, {}, "two_shot", 1),
+        (300, {}, "two_shot", 3),
+    ):
+        said = explain(rows, group=rank, **options)
+        assert (said.path, said.launches, said.reason) == (path, launches, "all is well")
+        numbers = [rule.numbers for rule in rules]
+        found = _C.launches(numbers, 4, 4 << 20, rows, row_packs, **options)
+        first = found[0]
+        assert (said.launches, said.threads) == (len(found), first["threads"])
+        assert said.blocks == first["teams"] * first["blocks_a_team"] > 0
+        assert said.evidence == rules[first["rule"]].evidence != ""
+        times = "1 launch" if launches == 1 else f"{launches} launches"
+        words = f"{rows} x 5376 bfloat16 on 4 rank(s): {path} [{times}, {said.blocks} blocks of "
+        assert str(said).startswith(words)
+        assert str(said).endswith(f"; all is well; plan: {said.evidence}")
+    assert "not measured" in explain(group=rank).evidence
     assert explain(0, group=rank).launches == 0
-    fused._native = None
-    fused.close()
+    assert gemma_ar_norm.explain(1, 5376, group=rank, device="cpu").path == "cpu"
+    fused._release.detach()
 
 
 def test_local_groups_need_a_gpu(monkeypatch):

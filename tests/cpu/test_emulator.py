@@ -48,8 +48,13 @@ SHARES = {
     "in plain form": 15,
     "in residual form": 20,
     "in sandwich form": 20,
+    "of two_shot": 35,
+    "of two_shot with more rows than its lead": 3,
+    "of two_shot with less than a pack a rank": 5,
+    "of two_shot with a part of the rows": 1,
     "cases that exchange": 100,
     "cases whose number wraps": 8,
+    "cases that alternate between kernels": 10,
 }
 SHARES_OF_STAGE = {
     "fuzz": {**SHARES, "calls of several launches": 1, "cases of more than four ranks": 4},
@@ -57,7 +62,12 @@ SHARES_OF_STAGE = {
     "strict": SHARES,
     "tsan": SHARES,
     "asan": SHARES,
-    "faults": {**SHARES, "cases of weak memory": 40, "recoveries": 25},
+    "faults": {
+        **SHARES,
+        "cases of weak memory": 40,
+        "cases where another rank is late": 2,
+        "recoveries": 25,
+    },
 }
 LEAST_LARGE_GRIDS = 5  # of fuzz
 # Of the cases with a fault, how many end in a failure.
@@ -147,6 +157,7 @@ def test_the_engine():
 
 def test_a_case_repeats():
     """By the command that a failure prints: the same case, described."""
+    make("plain")
     command = ["make", "-s", "-C", str(ROOT), "emulate", "CASE=fuzz", "SEED=7"]
     ran = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
     assert ran[0].returncode == 0, ran[0].stderr

@@ -362,6 +362,12 @@ def test_a_running_mps_is_used_and_left_alone(fake_mps, monkeypatch):
     assert [(args, command) for args, command, *_ in calls()] == [([], "get_server_list")]
 
 
+def test_ranks_may_have_different_shares(fake_mps):
+    fake_mps("already running")
+    result = run(PRINT_MPS, ranks=3, gpus=1, percentages=(50, 30, 20))
+    assert [json.loads(output)[2] for output in result.outputs] == ["50", "30", "20"]
+
+
 def test_without_mps_the_ranks_are_time_sliced(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     for name in MPS_NAMES:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import gemma_ar_norm
-from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, launcher, ops, workspace
+from gemma_ar_norm import PeerTimeoutError, WorkspaceError, groups, launcher, ops, plan, workspace
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fakes import FakeNative, fake_native
@@ -257,7 +257,7 @@ def the_slow_path_makes_a_fused_workspace_and_calls_again(me: Me) -> None:
         errors.set_slow_path_error.assert_not_called()
         assert again.call_args.args == args
         made = native.registered[group.group_name]
-        assert made.inbox_bytes == me.world * 256 * 640 * 2
+        assert made.inbox_bytes == native.inbox_bytes(me.world, 256, 256, 640 * 2)
         # C++ knows the workspace by now. If it comes here still, we do not go round in circles.
         ops.slow_path(*args, x.clone(), x)
         assert again.call_count == 1
@@ -300,7 +300,7 @@ def a_fused_workspace(me: Me) -> None:
         )
         assert (first.fused, first.rank, first.ranks) == (True, me.rank, me.world)
         assert first.generation == 1
-        assert first.inbox_bytes == me.world * 10 * 4096
+        assert first.inbox_bytes == native.inbox_bytes(me.world, 10, 10, 4096)
         made = native.made[0]
         assert made.peers == [b"\x00handle of %d\xff" % r for r in range(me.world)]
         assert made.timeout_ns == 1_500_000_000
@@ -386,8 +386,12 @@ def what_makes_all_ranks_raise(me: Me) -> None:
         with mock.patch.object(workspace, "is_capturing", return_value=is_last):
             got = outcome(me, native)
         assert_all(me, got, "WorkspaceError", None, f"rank {last}: ", "before the capture")
-        plan = mock.Mock(return_value=[(me.rank,)])
-        with mock.patch.object(workspace.plan, "make_rules", plan):
+        make_rules = plan.make_rules
+
+        def others(**options: Any) -> list[plan.Rule]:
+            return [rule._replace(lead_rows=1 + me.rank) for rule in make_rules(**options)]
+
+        with mock.patch.object(plan, "make_rules", others):
             got = outcome(me, native)
         assert_all(me, got, "WorkspaceError", None, "the same launch plan")
 

@@ -230,6 +230,9 @@ def test_check_names_the_peer():
         inner.failed = (1, 7, 0)
         with pytest.raises(PeerTimeoutError, match="rank 1: its rows of call 7 on group 'g'"):
             made.synchronize()
+        inner.overlapped = True
+        with pytest.raises(WorkspaceError, match="group 'g' one after the other are required"):
+            made.check()
         made.close()
         made.check()
 
@@ -245,27 +248,98 @@ def test_a_local_rank_cannot_be_initialised():
         gemma_ar_norm.init(Rank())
 
 
+EARLY, NEVER = plan.Trigger.AT_START, plan.Trigger.NEVER
+
+
 @pytest.mark.parametrize(
     ("uuids", "percentages", "expected"),
     [
-        (("a", "b"), (100, 100), (132, 4, plan.Trigger.AT_START)),  # a GPU each
-        (("a", "a"), (50, 50), (132, 4, plan.Trigger.AT_START)),  # parts of one, by MPS
-        (("a", "a"), (100, 100), (66, 4, plan.Trigger.NEVER)),  # MPS without parts, or time slices
-        (("a", "a", "b"), (60, 50, 100), (66, 4, plan.Trigger.NEVER)),
-        (("a",) * 8, (100,) * 8, (16, 1, plan.Trigger.NEVER)),  # too few for clusters
+        (("a", "b"), (100, 100), (132, 4, EARLY, False)),  # a GPU each
+        (("a", "a"), (50, 50), (132, 4, EARLY, True)),  # parts of one, by MPS
+        (("a", "a"), (100, 100), (66, 4, NEVER, True)),  # MPS without parts, or time slices
+        (("a", "a", "b"), (60, 50, 100), (66, 4, NEVER, False)),
+        (("a",) * 8, (100,) * 8, (16, 1, NEVER, True)),  # too few for clusters
     ],
 )
 def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
     facts = [
-        Facts(
-            uuid=uuid,
-            thread_percentage=percentage,
-            multiprocessors=132,
-            compute_capability=(9, 0),
-            max_cluster=8,
-        )
+        replace(RANKS[0], uuid=uuid, thread_percentage=percentage)
         for uuid, percentage in zip(uuids, percentages, strict=True)
     ]
     rules = workspace._rules(facts)
-    few_rows = next(rule for rule in rules if rule.max_rows == 8)
-    assert (few_rows.multiprocessors, few_rows.blocks_a_team, few_rows.trigger) == expected
+    most_blocks = max(rule.blocks_a_team for rule in rules)
+    early = max(rule.trigger for rule in rules)
+    by_model = any("a model of NVLink" in rule.evidence for rule in rules)
+    assert (rules[0].multiprocessors, most_blocks, early, not by_model) == expected
+
+
+LESS = {
+    "multiprocessors": ({"multiprocessors": 20}, "multiprocessors", 20),
+    "a smaller share": ({"multiprocessors": 13, "thread_percentage": 10.0}, "multiprocessors", 13),
+    "clusters": ({"max_cluster": 2}, "blocks_a_team", 2),
+    "no clusters": ({"compute_capability": (8, 6), "max_cluster": 1}, "blocks_a_team", 1),
+    "no early start": ({"compute_capability": (8, 0)}, "trigger", NEVER),
+}
+
+
+@pytest.mark.parametrize("name", LESS)
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("one_gpu", [False, True])
+def test_the_least_of_any_rank_counts_for_all(ranks, one_gpu, name):
+    """Whichever rank it is: all make the same plan, from the same facts."""
+    changes, field, expected = LESS[name]
+    facts = [
+        replace(fact, uuid="gpu" if one_gpu else fact.uuid, thread_percentage=100 / ranks)
+        for fact in RANKS[:ranks]
+    ]
+    before = workspace._rules(facts)
+    assert max(getattr(rule, field) for rule in before) > expected
+    found = []
+    for rank in range(ranks):
+        fewer = [replace(f, **changes) if r == rank else f for r, f in enumerate(facts)]
+        # As it is sent, and read by every rank.
+        found.append(workspace._rules([Facts.of(asdict(fact)) for fact in fewer]))
+    assert found == [found[0]] * ranks
+    assert max(getattr(rule, field) for rule in found[0]) == expected
+    # With one rank, or more, that differs in everything there is still one plan: the least of all.
+    several = [replace(facts[0], **changes), *facts[1:]]
+    several[1] = replace(several[1], multiprocessors=7, max_cluster=1)
+    rules = workspace._rules(several)
+    assert workspace._rules(several[::-1]) == rules
+    assert {rule.multiprocessors for rule in rules} == {7}
+    assert {rule.blocks_a_team for rule in rules} == {1}
+
+
+def test_processes_of_one_gpu_with_different_shares():
+    """CUDA_MPS_ACTIVE_THREAD_PERCENTAGE of 25, 15, 20 and 10: all have the smallest."""
+    shares = (25, 15, 20, 10)
+    facts = [
+        replace(
+            RANKS[0], pid=share, thread_percentage=float(share), multiprocessors=132 * share // 100
+        )
+        for share in shares
+    ]
+    for rotated in range(4):
+        rules = workspace._rules(facts[rotated:] + facts[:rotated])
+        assert {rule.multiprocessors for rule in rules} == {13}
+        assert {rule.blocks_a_team for rule in rules} == {1}, "too few for clusters"
+        assert any(rule.trigger == EARLY for rule in rules), "nobody shares a multiprocessor"
+
+
+@pytest.mark.parametrize("max_rows", [1, 16, 256, 4096])
+def test_the_inbox_that_is_asked_for(max_rows):
+    """Enough for max_rows by two-shot, and for what the plan does by one-shot."""
+    arguments = {
+        "hidden_size": 8192,
+        "max_rows": max_rows,
+        "dtype": torch.bfloat16,
+        "timeout_s": 1.5,
+    }
+    rules = workspace._rules(RANKS[:4])
+    one_shot_rows = min(max_rows, plan.crossover_bytes(4, 9) // 16384)
+    with fake_native() as native:
+        made = workspace._make_native(0, 1, 4, rules, arguments)
+        assert made.inbox_bytes == native.inbox_bytes(4, one_shot_rows, max_rows, 16384)
+        assert (made.rank, made.timeout_ns) == (1, 1_500_000_000)
+        assert made.rules == [rule.numbers for rule in rules]
+        made.close()

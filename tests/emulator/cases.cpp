@@ -39,10 +39,13 @@ TeamShape random_team(Random& random, const Limits& limits) {
   return team;
 }
 
-// Few multiprocessors, so that there are more rows than teams.
 PlanRule rule_of(const TeamShape& team, Trigger trigger, uint32_t multiprocessors) {
-  return {UINT32_MAX,       UINT32_MAX, Algorithm::kOneShot, team.blocks,
-          team.max_threads, trigger,    multiprocessors};
+  PlanRule rule = any_call_rule();
+  rule.blocks_a_team = team.blocks;
+  rule.max_threads = team.max_threads;
+  rule.trigger = trigger;
+  rule.multiprocessors = multiprocessors;
+  return rule;
 }
 
 constexpr uint32_t kUsualRanks = 4;
@@ -67,7 +70,7 @@ class CaseMaker {
     max_bytes_ = uint64_t{max_rows_} * most_packs * kPackBytes;
     for (uint32_t i = 0; i < calls; ++i) {
       Call call;
-      call.kernel = random_kernel();
+      take_kernel(call, random_kernel());
       call.stream = one_stream ? 0 : random_.below(2);
       const Trigger trigger = early && random_.below(8) != 0
                                   ? one_of(random_, {Trigger::kAtStart, Trigger::kAfterPush})
@@ -82,6 +85,7 @@ class CaseMaker {
       case_.calls.push_back(call);
     }
     exchange_at_least_once();
+    exchange_last();
     choose_area();
     return case_;
   }
@@ -109,13 +113,25 @@ class CaseMaker {
   uint32_t random_kernel() {
     return random_.one_in(4) ? random_.below(kKernelCount) : random_exchange(random_);
   }
+  static void take_kernel(Call& call, uint32_t kernel) {
+    call.kernel = kernel;
+    call.rule.algorithm = kKernels[kernel].algorithm.value_or(Algorithm::kOneShot);
+  }
+
+  void take_rule(Call& call, PlanRule rule) {
+    rule.algorithm = call.rule.algorithm;
+    rule.lead_rows = 1 + random_.below(3);
+    call.rule = rule;
+  }
 
   void choose_shape(Call& call, TeamShape team, Trigger trigger) {
     call.rows = random_.below(limits_.max_rows + 1);
     call.row_packs = team.row_packs;
     // Another team for the same row: calls next to each other have other shapes.
     if (random_.one_in(4)) team.blocks = one_of(random_, {1u, 2u, 4u});
-    call.rule = rule_of(team, trigger, 1 + random_.below(2));
+    // Few teams, so that each has several rows.
+    take_rule(call, rule_of(team, trigger, 1 + random_.below(2)));
+    call.rule.threads_a_multiprocessor = one_of(random_, {32u, 128u, 512u});
     const auto is_too_large = [&] {
       const LaunchShape shape =
           shape_of(call.rule, std::max<uint64_t>(call.rows, 1), call.row_packs);
@@ -138,14 +154,20 @@ class CaseMaker {
     call.rows = max_rows_ - random_.below(max_rows_ / 4);
     call.row_packs = 1;
     const TeamShape team = {1, one_of(random_, {1u, 1u, 2u}), 32};
-    call.rule = rule_of(team, trigger, 20 + random_.below(113));
+    take_rule(call, rule_of(team, trigger, 20 + random_.below(113)));
   }
   void exchange_at_least_once() {
     for (const Call& call : case_.calls) {
-      if (kKernels[call.kernel].exchanges && call.rows > 0) return;
+      if (kKernels[call.kernel].exchanges() && call.rows > 0) return;
     }
-    Call& call = case_.calls[random_.below(static_cast<uint32_t>(case_.calls.size()))];
-    call.kernel = random_exchange(random_);
+    exchange(case_.calls[random_.below(static_cast<uint32_t>(case_.calls.size()))]);
+  }
+  void exchange_last() {
+    for (size_t i = case_.calls.size() - limits_.last_exchanges; i < case_.calls.size(); ++i)
+      exchange(case_.calls[i]);
+  }
+  void exchange(Call& call) {
+    take_kernel(call, random_exchange(random_));
     call.rows = std::max<uint64_t>(call.rows, 1);
   }
 
@@ -191,13 +213,21 @@ class CaseMaker {
 
   // Now and then smaller than a call, never smaller than a row.
   void choose_area() {
-    uint64_t row = 1;
-    for (const Call& call : case_.calls) row = std::max(row, row_bytes_of(call));
-    // In large grids two launches a call: more would take too long.
-    const uint32_t least = max_rows_ > limits_.max_rows ? max_rows_ / 2 : 1;
-    const uint64_t rows =
-        random_.one_in(4) ? least + random_.below(max_rows_ - least + 1) : max_rows_;
-    case_.area_bytes = round_up(rows * row, kAreaAlignment);
+    std::vector<uint64_t> of_calls = {1};  // bytes that a row takes
+    for (const Call& call : case_.calls)
+      of_calls.push_back(kKernels[call.kernel].row_bytes_of_area(case_.ranks, row_bytes_of(call)));
+    const uint64_t row = *std::max_element(of_calls.begin(), of_calls.end());
+    uint64_t bytes = max_rows_ * row;
+    if (random_.one_in(4)) {
+      // Of any call, as other kernels take other bytes; but in large grids two launches a call,
+      // for more would take too long.
+      const bool large = max_rows_ > limits_.max_rows;
+      const uint64_t some_row =
+          large ? row : of_calls[random_.below(static_cast<uint32_t>(of_calls.size()))];
+      const uint32_t least = large ? max_rows_ / 2 : 1;
+      bytes = std::max(row, some_row * (least + random_.below(max_rows_ - least + 1)));
+    }
+    case_.area_bytes = round_up(bytes, kAreaAlignment);
   }
 
   const Limits& limits_;
@@ -218,6 +248,17 @@ const char* name_of(Trigger trigger) {
 }
 
 }  // namespace
+
+PlanRule any_call_rule() {
+  PlanRule rule{};
+  rule.max_rows = rule.max_row_packs = UINT32_MAX;
+  rule.max_packs = UINT64_MAX;
+  rule.blocks_a_team = 1;
+  rule.max_threads = rule.threads_a_multiprocessor = 512;
+  rule.lead_rows = 1;
+  rule.multiprocessors = 1;
+  return rule;
+}
 
 Case random_case(uint64_t seed, const Limits& limits) { return CaseMaker(seed, limits).make(); }
 
@@ -246,14 +287,19 @@ uint32_t hidden_of(const Case& c, const Call& call) {
   return call.row_packs * (kPackBytes / bytes_of_element(c.dtype));
 }
 
-// As Workspace::run: a call without rows launches nothing.
+// As Workspace::run, with an algorithm asked for, and run_local: a call without rows launches
+// nothing.
 std::vector<CallLaunch> launches_of(const Case& c, const Call& call) {
   std::vector<CallLaunch> launches;
   const InboxLayout layout = InboxLayout::of(c.ranks, inbox_bytes_of(c));
-  const uint64_t most = kKernels[call.kernel].max_rows(layout, row_bytes_of(call));
-  for (uint64_t first = 0; first < call.rows; first += most) {
-    const uint64_t rows = std::min(most, call.rows - first);
-    launches.push_back({first, rows, shape_of(call.rule, rows, call.row_packs)});
+  const std::optional<Algorithm> wanted = kKernels[call.kernel].algorithm;
+  const std::vector<PlanRule> rules = {call.rule};
+  for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
+    PlannedLaunch next = {call.rows, &call.rule};
+    if (wanted) next = next_launch(rules, layout, call.rows - first, call.row_packs, wanted);
+    rows = next.rows;
+    if (rows == 0) throw std::logic_error("area: one that holds a row is required");
+    launches.push_back({first, rows, next.shape(call.row_packs)});
   }
   return launches;
 }
@@ -270,7 +316,7 @@ uint32_t most_blocks_of(const Case& c) {
 uint32_t exchanges_of(const Case& c) {
   size_t launches = 0;
   for (const Call& call : c.calls) {
-    if (kKernels[call.kernel].exchanges) launches += launches_of(c, call).size();
+    if (kKernels[call.kernel].exchanges()) launches += launches_of(c, call).size();
   }
   return static_cast<uint32_t>(launches * c.repeats);
 }
@@ -298,6 +344,8 @@ std::string describe(const Case& c) {
       text << "; " << launch.rows << " rows: " << launch.shape.teams << " teams of "
            << launch.shape.blocks_a_team << " blocks of " << launch.shape.threads << " threads, "
            << launch.shape.packs_a_thread << " packs each";
+      if (launch.shape.algorithm == Algorithm::kTwoShot)
+        text << ", lead of " << launch.shape.lead_rows << " rows";
     }
     text << "\n";
   }

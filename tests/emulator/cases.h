@@ -70,7 +70,11 @@ struct Limits {
   bool specials = true;
   bool reads_results = true;  // calls read what earlier ones wrote
   bool may_repeat = true;
+  uint32_t last_exchanges = 0;  // so many of the last calls exchange rows
 };
+
+// A rule that takes every call: one_shot, by blocks of up to 512 threads.
+PlanRule any_call_rule();
 
 Case random_case(uint64_t seed, const Limits& limits);
 

@@ -100,7 +100,7 @@ Contents random_contents(const Case& c, uint32_t repeat) {
 
 void apply(const Case& c, const Call& call, Contents& contents) {
   const uint64_t row_bytes = row_bytes_of(call);
-  const bool exchanges = kKernels[call.kernel].exchanges;
+  const bool exchanges = kKernels[call.kernel].exchanges();
   Epilogue epilogue{c.dtype, hidden_of(c, call), call.weights_fp32, nullptr, nullptr, c.eps,
                     c.bias};
   // A row of all ranks' sums before any rank's outputs, which may be its x.

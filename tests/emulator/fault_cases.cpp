@@ -21,13 +21,10 @@ Case independent_case(uint64_t seed, Limits limits) {
   limits.reads_results = false;
   limits.may_repeat = false;
   limits.min_calls = kCallsAfter + 1;
+  limits.last_exchanges = kCallsAfter;
   Case c = random_case(seed, limits);
   Random random(seed ^ 0xfa02);
   c.specials = random.one_in(3) ? Specials::kFew : Specials::kNone;
-  for (size_t i = c.calls.size() - kCallsAfter; i < c.calls.size(); ++i) {
-    c.calls[i].kernel = random_exchange(random);
-    c.calls[i].rows = std::max<uint64_t>(c.calls[i].rows, 1);
-  }
   return c;
 }
 
@@ -59,6 +56,11 @@ FaultRun::FaultRun(uint64_t seed, const Limits& limits)
   const uint64_t accesses = random_.below(4u << random_.below(12));
   switch (fault_) {
     case Fault::kNeverComes:
+      // Another comes so late that others wait for it, in vain, when it has just begun to wait.
+      if (case_.ranks > kMinRanks && random_.one_in(2)) {
+        latecomer_ = (culprit_ + 1 + random_.below(case_.ranks - 1)) % case_.ranks;
+        options_.stalls = {{latecomer_, accesses, 1 + random_.below(Harness::kTimeoutNs / 2)}};
+      }
       break;
     case Fault::kStopsHalfWay:
       options_.stalls = {{culprit_, accesses, emulator::Stall::kForEver}};
@@ -76,7 +78,7 @@ FaultRun::FaultRun(uint64_t seed, const Limits& limits)
   }
   for (uint32_t i = 0; i < case_.calls.size(); ++i) {
     const Call& call = case_.calls[i];
-    if (!kKernels[call.kernel].exchanges) continue;
+    if (!kKernels[call.kernel].exchanges()) continue;
     for (const CallLaunch& launch : launches_of(case_, call))
       exchanges_.push_back({&call, launch, i});
   }
@@ -94,6 +96,7 @@ void FaultRun::count_it() const {
   count_case(case_);
   count(std::string("cases where a rank ") + kFaultNames[static_cast<int>(fault_)]);
   if (options_.weak) count("cases of weak memory");
+  if (latecomer_ != kNobody) count("cases where another rank is late");
 }
 
 // ---- the run ----

@@ -1,5 +1,6 @@
 // What must be true of calls, reports and inboxes after a fault: fault_run.h lists it.
 #include <algorithm>
+#include <optional>
 
 #include "contract.h"
 #include "device/pack.cuh"
@@ -62,14 +63,14 @@ std::string FaultRun::wrong_rows(uint32_t rank) const {
       std::vector<RowState> states;
       for (uint64_t row = launch.first_row; row < launch.first_row + launch.rows; ++row) {
         states.push_back(state_of_row(rank, call, row));
-        const bool is_legal = kKernels[call.kernel].exchanges && has_failed(rank)
+        const bool is_legal = kKernels[call.kernel].exchanges() && has_failed(rank)
                                   ? states.back().is_legal()
                                   : states.back().is_right;
         if (is_legal) continue;
         return "call " + std::to_string(i) + ", row " + std::to_string(row) +
                ": neither right nor, after a reported failure, NaN";
       }
-      if (kKernels[call.kernel].exchanges) rows.push_back(states);
+      if (kKernels[call.kernel].exchanges()) rows.push_back(states);
     }
   }
   return has_failed(rank) ? wrong_order(rank, rows) : "";
@@ -176,16 +177,43 @@ size_t FaultRun::first_failed(uint32_t rank) const {
   return exchanges_.size();
 }
 
-// Whether some of the row that a rank's report names is not in its inbox.
+// Where in an area a pack comes that `source` sends `reader`, by which inbox.h says; none where it
+// sends none.
+static std::optional<uint64_t> place_in_area(const Exchange& exchange, uint32_t ranks,
+                                             uint32_t source, uint32_t reader, uint32_t row,
+                                             uint32_t pack) {
+  const uint32_t row_packs = exchange.call->row_packs;
+  if (exchange.launch.shape.algorithm == Algorithm::kOneShot)
+    return one_shot_slot(row, pack, row_packs);
+  const uint32_t slice = slice_of_pack(pack, row_packs, ranks);
+  const uint32_t team_row = row % exchange.launch.shape.teams,
+                 i = row / exchange.launch.shape.teams;
+  const uint32_t owner = owner_of_slice(slice, team_row + i, ranks);
+  const uint32_t longest = slice_packs(row_packs, ranks);
+  const uint64_t slot =
+      two_shot_slot(row, pack - first_pack_of_slice(slice, row_packs, ranks), longest);
+  if (owner == reader) return slot;
+  if (owner == source)
+    return slot + two_shot_hop(static_cast<uint32_t>(exchange.launch.rows), longest);
+  return std::nullopt;
+}
+
+// Whether some of what the missing rank sends of the row that a rank's report names is not in its
+// inbox.
 bool FaultRun::is_missing(uint32_t rank, const FailureRecord& record,
                           const Exchange& exchange) const {
   const InboxLayout& layout = harness_.layout();
-  const uint64_t row_bytes = row_bytes_of(*exchange.call);
-  const uint8_t* row = harness_.memory(rank).inbox.data() +
-                       layout.area_offset(area_of_source(record.peer, rank)) +
-                       record.call % kStages * layout.stage_bytes + record.row * row_bytes;
-  const auto* words = reinterpret_cast<const uint32_t*>(row);
-  return std::find(words, words + row_bytes / 4, kEmptyWord) != words + row_bytes / 4;
+  const uint8_t* area = harness_.memory(rank).inbox.data() +
+                        layout.area_offset(area_of_source(record.peer, rank)) +
+                        record.call % kStages * layout.stage_bytes;
+  for (uint32_t pack = 0; pack < exchange.call->row_packs; ++pack) {
+    const std::optional<uint64_t> place =
+        place_in_area(exchange, case_.ranks, record.peer, rank, record.row, pack);
+    if (!place) continue;
+    const auto* words = reinterpret_cast<const uint32_t*>(area + *place);
+    if (std::find(words, words + kPackBytes / 4, kEmptyWord) != words + kPackBytes / 4) return true;
+  }
+  return false;
 }
 
 std::string FaultRun::all_rows_are_nan(size_t call_index) const {

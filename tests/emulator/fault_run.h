@@ -23,7 +23,7 @@
 namespace gan::testing {
 
 enum class Fault {
-  kNeverComes,    // launches nothing from some call on
+  kNeverComes,    // launches nothing from some call on, while another may be late in time
   kStopsHalfWay,  // its threads stand still for ever
   kLateInTime,    // ... until a time before any deadline
   kLateTooLong,   // ... until a time after all deadlines
@@ -42,6 +42,13 @@ struct RowState {
   bool is_failed() const { return may_be_failed() && !is_right; }
 };
 
+// A launch that exchanges.
+struct Exchange {
+  const Call* call;
+  CallLaunch launch;
+  uint32_t call_index;
+};
+
 class FaultRun {
  public:
   FaultRun(uint64_t seed, const Limits& limits);
@@ -50,13 +57,6 @@ class FaultRun {
   std::string run();
 
  private:
-  // A launch that exchanges, in the order of call numbers.
-  struct Exchange {
-    const Call* call;
-    CallLaunch launch;
-    uint32_t call_index;
-  };
-
   bool is_dead(uint32_t rank) const {
     return rank == culprit_ && (fault_ == Fault::kNeverComes || fault_ == Fault::kStopsHalfWay);
   }
@@ -84,12 +84,14 @@ class FaultRun {
   size_t first_calls_;  // the rest comes when the fault has shown
   Fault fault_;
   uint32_t culprit_;
-  size_t missing_from_;  // call; of kNeverComes
+  static constexpr uint32_t kNobody = UINT32_MAX;
+  uint32_t latecomer_ = kNobody;  // of kNeverComes: late, but in time
+  size_t missing_from_;           // call; of kNeverComes
   std::vector<uint32_t> survivors_;
   Case recovery_;  // with new inboxes, of the survivors
   emulator::Options options_;
   Harness harness_;
-  std::vector<Exchange> exchanges_;
+  std::vector<Exchange> exchanges_;  // in the order of call numbers
 };
 
 }  // namespace gan::testing

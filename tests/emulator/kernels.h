@@ -1,12 +1,14 @@
 // The kernels under test: the product's, from the product's own table.
 //
-// A new kernel is a function here that binds its parameters, and a line in kKernels; if it takes
-// other numbers of rows than those here, a function that says how many.
+// A new kernel is a line in kKernels; if it does not exchange, a function that binds its parameters
+// too.
 #pragma once
 #include <functional>
+#include <optional>
 #include <stdexcept>
 
 #include "device/inbox.h"
+#include "host/exchange_setup.h"
 #include "host/kernel_table.cuh"
 #include "host/plan.h"
 #include "random.h"
@@ -33,23 +35,18 @@ struct KernelCall {
 
 struct Kernel {
   const char* name;
-  bool exchanges;  // with the peers, whose rows it adds; such a launch counts as a call
-  uint64_t (*max_rows)(const InboxLayout&, uint64_t row_bytes);  // of a launch
-  std::function<void()> (*bind)(const KernelCall&);              // what each thread runs
-};
+  // Of a kernel that exchanges rows with the peers and adds them; such a launch counts as a call.
+  std::optional<Algorithm> algorithm;
+  std::function<void()> (*bind)(const KernelCall&);  // what each thread runs
 
-template <class Body>
-auto with_table(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return body(KernelTable<DType::kBFloat16>{});
-    case DType::kFloat16:
-      return body(KernelTable<DType::kFloat16>{});
-    case DType::kFloat32:
-      break;
+  constexpr bool exchanges() const { return algorithm.has_value(); }
+  // What of an area a row takes.
+  uint64_t row_bytes_of_area(uint32_t ranks, uint64_t row_bytes) const {
+    if (!exchanges()) return 0;
+    return algorithm == Algorithm::kOneShot ? one_shot_row_bytes(row_bytes)
+                                            : two_shot_row_bytes(ranks, row_bytes);
   }
-  return body(KernelTable<DType::kFloat32>{});
-}
+};
 
 template <class Params>
 std::function<void()> bound(void (*kernel)(Params), const Params& params) {
@@ -57,10 +54,13 @@ std::function<void()> bound(void (*kernel)(Params), const Params& params) {
   return [kernel, params] { kernel(params); };
 }
 
-inline std::function<void()> bind_one_shot(const KernelCall& c) {
+inline std::function<void()> bind_fused(const KernelCall& c) {
   return with_table(c.dtype, [&](auto table) {
-    return bound(table.one_shot(c.ranks, c.shape.packs_a_thread == 1, form_of(c.row)),
-                 OneShotParams{c.row, c.shape.trigger, c.exchange});
+    return bound(
+        table.fused(c.shape.algorithm, c.ranks, c.shape.packs_a_thread == 1, form_of(c.row)),
+        FusedParams{c.row, c.shape.trigger, c.exchange,
+                    two_shot_params(c.ranks, c.row.rows, c.row.row_packs, c.shape.teams,
+                                    c.shape.lead_rows)});
   });
 }
 inline std::function<void()> bind_local_norm(const KernelCall& c) {
@@ -70,14 +70,10 @@ inline std::function<void()> bind_local_norm(const KernelCall& c) {
   });
 }
 
-inline uint64_t max_rows_of_areas(const InboxLayout& layout, uint64_t row_bytes) {
-  return layout.max_rows(row_bytes);
-}
-inline uint64_t any_rows(const InboxLayout&, uint64_t) { return UINT32_MAX; }
-
 inline constexpr Kernel kKernels[] = {
-    {"one_shot", true, max_rows_of_areas, bind_one_shot},
-    {"local_norm", false, any_rows, bind_local_norm},
+    {"one_shot", Algorithm::kOneShot, bind_fused},
+    {"two_shot", Algorithm::kTwoShot, bind_fused},
+    {"local_norm", std::nullopt, bind_local_norm},
 };
 inline constexpr uint32_t kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
@@ -85,7 +81,7 @@ inline constexpr uint32_t kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 inline uint32_t random_exchange(emulator::Random& random) {
   for (;;) {
     const uint32_t kernel = random.below(kKernelCount);
-    if (kKernels[kernel].exchanges) return kernel;
+    if (kKernels[kernel].exchanges()) return kernel;
   }
 }
 

@@ -122,7 +122,7 @@ Thread* World::State::directed() {
 // deadlines end.
 bool World::State::go_on_idle() {
   constexpr uint32_t kMostRoundsInNoTime = 512;
-  constexpr uint64_t kShortestStep = 1'000'000, kStepsOfIdleTime = 64;
+  constexpr uint64_t kShortestStep = 1'000'000, kStepsOfIdleTime = 256;
   constexpr uint64_t kLongestIdleTime = 1'000'000'000'000'000;
 
   std::vector<Thread*> polling;

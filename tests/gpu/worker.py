@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import itertools
 import json
+import os
 import random
 import sys
 import time
@@ -31,7 +33,7 @@ from checks import Case
 from torch import Tensor
 
 import gemma_ar_norm
-from gemma_ar_norm import groups, launcher
+from gemma_ar_norm import groups, launcher, plan
 from gemma_ar_norm.library import _C
 
 BF16, FP16, FP32 = checks.DTYPES
@@ -41,12 +43,15 @@ HIDDENS = (640, 1024, 1152, 2048, 2304, 2880, 3584, 4096, 5120, 5376, 7168, 8192
 MAX_ELEMENTS = 17_000_000
 SMALL_ELEMENTS = 300_000  # on the CPU
 
+FUSED = plan.FUSED_ALGORITHMS
+ALGORITHMS = ("auto", *FUSED)
 TIMEOUT_S = 20.0
 REPLAYS = 20
 
 CASES: dict[str, Callable[[Ranks], None]] = {}
 MIN_WORLD: dict[str, int] = {}
-APART = ("deadline", "a_rank_that_raises")  # each ends its group, so each is a run of its own
+# Each is a run of its own: it ends its group, or needs another placement.
+APART = ("deadline", "a_rank_that_raises", "shares_that_differ")
 
 
 def case(function=None, *, world: int = 2):
@@ -106,6 +111,10 @@ class Ranks:
             x, made.weight, **{**made.options, **options}
         )
 
+    def call_each(self, made: Case, **options: Any) -> dict[str, tuple[Tensor, Tensor]]:
+        """The call by each fused algorithm. Nothing waits between them."""
+        return {one: self.call(made, algorithm=one, **options) for one in FUSED}
+
     def synchronize(self) -> None:
         if self.gpu:
             torch.cuda.synchronize()
@@ -121,6 +130,13 @@ class Ranks:
         self.expect_bits(made, outputs, what)
         if outputs[0].shape == made.xs[0].shape:
             self._noted(checks.assert_near_float64, made, *outputs)
+
+    def expect_each(self, made: Case, what: str = "", **options: Any) -> list[Tensor]:
+        """`expect_result` of `call_each`; returns all outputs."""
+        found = self.call_each(made, **options)
+        for algorithm, outputs in found.items():
+            self.expect_result(made, outputs, f"{what} {algorithm}")
+        return [output for outputs in found.values() for output in outputs]
 
     def expect_bits(self, made: Case, outputs: Sequence[Tensor], what: str = "") -> None:
         for name, got, want in zip(
@@ -246,19 +262,18 @@ def matrix(world: int, max_elements: int = MAX_ELEMENTS) -> list[dict[str, Any]]
 def shapes_dtypes_and_forms(ranks: Ranks) -> None:
     digest = Digest()
     for options in matrix(ranks.world, MAX_ELEMENTS if ranks.gpu else SMALL_ELEMENTS):
-        made = ranks.case(**options)
-        outputs = ranks.call(made)
-        ranks.expect_result(made, outputs)
-        digest.add(*outputs)
+        digest.add(*ranks.expect_each(ranks.case(**options)))
     ranks.expect_equal_everywhere(digest)
 
 
 @case
 def rows_that_change_every_call(ranks: Ranks) -> None:
+    """And the algorithm."""
     digest, results = Digest(), []
-    for i, rows in enumerate((1, 16, 1, 96, 1, 0, 2, 0, 96, 1)):
+    for i, rows in enumerate((1, 16, 1, 96, 1, 0, 2, 0, 96, 1, 1, 96, 16, 16)):
         made = ranks.case(rows, 2880, seed=i, form=checks.FORMS[i % 3])
-        results.append((made, ranks.call(made)))  # nothing waits between the calls
+        for algorithm in (FUSED[i // 2 % 2], "auto"):
+            results.append((made, ranks.call(made, algorithm=algorithm)))  # nothing waits
     for made, outputs in results:
         ranks.expect_result(made, outputs)
         digest.add(*outputs)
@@ -270,9 +285,8 @@ def fewer_rows_than_ranks(ranks: Ranks) -> None:
     for rows in range(ranks.world + 2):
         for form in checks.FORMS:
             made = ranks.case(rows, 1152, FP16, form, seed=rows)
-            outputs = ranks.call(made)
-            ranks.expect(outputs[0].shape == (rows, 1152), f"shape {tuple(outputs[0].shape)}")
-            ranks.expect_result(made, outputs)
+            for output in ranks.expect_each(made):
+                ranks.expect(output.shape == (rows, 1152), f"shape {tuple(output.shape)}")
 
 
 @case
@@ -297,8 +311,7 @@ def residuals_that_differ(ranks: Ranks) -> None:
     for i, form in enumerate(("residual", "sandwich")):
         made = ranks.case(33, 2304, form=form, seed=i)
         residual = checks.make_case(1, 33, 2304, BF16, seed=100 + ranks.rank).residual
-        own = replace(made, residual=residual.to(ranks.device))
-        ranks.expect_result(own, ranks.call(own))
+        ranks.expect_each(replace(made, residual=residual.to(ranks.device)))
 
 
 @case
@@ -306,7 +319,7 @@ def weights_in_fp32(ranks: Ranks) -> None:
     for i, dtype in enumerate((BF16, FP16)):
         for std in (0.001, 1.0):  # 1 + 0.001 is 1 in bf16
             made = ranks.case(9, 5376, dtype, "sandwich", seed=i, weight_dtype=FP32, weight_std=std)
-            ranks.expect_result(made, ranks.call(made))
+            ranks.expect_each(made)
 
 
 @case
@@ -316,7 +329,7 @@ def two_hidden_sizes_and_dtypes_on_one_workspace(ranks: Ranks) -> None:
     for i in range(12):
         hidden, dtype = (5376, 1152, 16384)[i % 3], checks.DTYPES[i // 2 % 3]
         made = ranks.case((7, 64)[i % 2], hidden, dtype, checks.FORMS[i // 3 % 3], seed=i)
-        results.append((made, ranks.call(made)))
+        results += [(made, outputs) for outputs in ranks.call_each(made).values()]
     for made, outputs in results:
         ranks.expect_result(made, outputs)
     again = gemma_ar_norm.init(timeout_s=TIMEOUT_S)
@@ -332,9 +345,7 @@ def special_values(ranks: Ranks) -> None:
         for dtype in checks.DTYPES:
             for form in checks.FORMS:
                 made = ranks.case(11, 1024, dtype, form, seed=i, special=special, eps=1e-5)
-                outputs = ranks.call(made)
-                ranks.expect_result(made, outputs, special)
-                digest.add(*outputs)
+                digest.add(*ranks.expect_each(made, special))
     ranks.expect_equal_everywhere(digest)
 
 
@@ -342,7 +353,7 @@ def special_values(ranks: Ranks) -> None:
 def out_may_alias(ranks: Ranks) -> None:
     names = ("separate", "residual", "residual swapped", "x", "x and residual")
     for i, alias in enumerate(names):
-        for form in ("residual", "sandwich"):
+        for form, algorithm in itertools.product(("residual", "sandwich"), FUSED):
             made = ranks.case(40, 3584, form=form, seed=i)
             expected = made.expected()
             x, residual = made.xs[ranks.rank].clone(), made.residual.clone()
@@ -355,13 +366,18 @@ def out_may_alias(ranks: Ranks) -> None:
                 "x and residual": (x, residual),
             }[alias]
             got = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
-                x, made.weight, **{**made.options, "residual": residual}, out=out
+                x,
+                made.weight,
+                **{**made.options, "residual": residual},
+                algorithm=algorithm,
+                out=out,
             )
             for result, written, want in zip(got, out, expected, strict=True):
                 ranks.expect(
                     result.data_ptr() == written.data_ptr(), "out= is not what is returned"
                 )
-                ranks._noted(checks.assert_bit_equal, written, want, f"out aliases {alias}, {made}")
+                what = f"{algorithm}, out aliases {alias}, {made}"
+                ranks._noted(checks.assert_bit_equal, written, want, what)
             if alias == "separate":
                 ranks._noted(checks.assert_bit_equal, x, made.xs[ranks.rank], "x was changed")
                 ranks._noted(checks.assert_bit_equal, residual, made.residual, "residual changed")
@@ -389,7 +405,8 @@ def strided_and_misaligned_inputs(ranks: Ranks) -> None:
             weight=layouts[(i + 2) % 3](made.weight),
             post_weight=layout(made.post_weight),
         )
-        ranks.expect_result(made, ranks.call(moved), layout.__name__)
+        for algorithm, outputs in ranks.call_each(moved).items():
+            ranks.expect_result(made, outputs, f"{layout.__name__} {algorithm}")
 
 
 @case
@@ -406,7 +423,8 @@ def larger_than_the_workspace(ranks: Ranks) -> None:
             made = ranks.case(
                 rows if ranks.gpu else min(rows, 12), hidden, dtype, checks.FORMS[i % 3], seed=i
             )
-            ranks.expect_result(made, ranks.call(made, group=group))
+            ranks.expect_each(made, group=group)
+            ranks.expect_result(made, ranks.call(made, group=group), "auto")
     dist.destroy_process_group(group)
 
 
@@ -426,13 +444,15 @@ def subgroups(ranks: Ranks) -> None:
     for i in range(6):
         for group, members in mine:
             made = ranks.case(5 + i, 4096, seed=100 * members[0] + i, ranks=len(members))
-            outputs = ranks.call(made, group=group, rank=members.index(ranks.rank))
-            ranks.expect_result(made, outputs, f"ranks {members}")
+            own = {"group": group, "rank": members.index(ranks.rank)}
             digest = Digest()
+            if len(members) > 1 or not ranks.gpu:
+                digest.add(*ranks.expect_each(made, f"ranks {members}", **own))
+            outputs = ranks.call(made, **own)
+            ranks.expect_result(made, outputs, f"ranks {members}")
             digest.add(*outputs)
             ranks.expect_equal_everywhere(digest, f"ranks {members}", group)
-        made = ranks.case(6 - i, 4096, seed=i)
-        ranks.expect_result(made, ranks.call(made), "all ranks")
+        ranks.expect_each(ranks.case(6 - i, 4096, seed=i), "all ranks")
     for group, _ in mine:
         dist.destroy_process_group(group)
 
@@ -446,7 +466,7 @@ def several_streams(ranks: Ranks) -> None:
     outputs = []
     for i, made in enumerate(results):
         with torch.cuda.stream(streams[i % 2]) if ranks.gpu else nullcontext():
-            outputs.append(ranks.call(made))
+            outputs.append(ranks.call(made, algorithm=ALGORITHMS[i % 3]))
     ranks.synchronize()
     for made, output in zip(results, outputs, strict=True):
         ranks.expect_result(made, output)
@@ -457,15 +477,17 @@ def several_streams(ranks: Ranks) -> None:
 
 @case
 def graph_of_dependent_calls(ranks: Ranks) -> None:
-    """Four calls, the residual of each from the one before; all inputs new in every replay."""
+    """Four calls, the residual of each from the one before; all inputs new in every replay. The
+    algorithms take turns."""
     for form, dtype, rows in (("residual", BF16, 16), ("sandwich", FP16, 3)):
         layers = [ranks.case(rows, 4096, dtype, form, seed=i) for i in range(4)]
         ranks.call(layers[0])
 
         def calls(layers=layers) -> list[Tensor]:
             outputs, residual = [], layers[0].residual
-            for layer in layers:
-                norm_out, residual = ranks.call(layer, residual=residual)
+            for i, layer in enumerate(layers):
+                algorithm = FUSED[i % 2]
+                norm_out, residual = ranks.call(layer, residual=residual, algorithm=algorithm)
                 outputs += [norm_out, residual]
             return outputs
 
@@ -499,9 +521,11 @@ def graph_with_inputs_overwritten(ranks: Ranks) -> None:
 
     def calls() -> list[Tensor]:
         outputs: list[Tensor] = []
-        for layer, x in zip(layers, scratch, strict=True):
+        for i, (layer, x) in enumerate(zip(layers, scratch, strict=True)):
             x.copy_(layer.xs[ranks.rank])
-            outputs += gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, layer.weight, **layer.options)
+            outputs += gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
+                x, layer.weight, **layer.options, algorithm=FUSED[(i + 1) // 2 % 2]
+            )
             x.fill_(float("nan"))
         return outputs
 
@@ -515,30 +539,35 @@ def graph_with_inputs_overwritten(ranks: Ranks) -> None:
             got = graph.outputs[2 * i : 2 * i + 2]
             ranks.expect_bits(layer, got, f"replay {replay}")
         if replay % 5 == 0:
-            ranks.expect_bits(layers[3], ranks.call(layers[3]), "eager between replays")
+            for algorithm, outputs in ranks.call_each(layers[3]).items():
+                ranks.expect_bits(layers[3], outputs, f"eager between replays, {algorithm}")
 
 
 @case
 def graph_whose_weight_changes(ranks: Ranks) -> None:
     """Between replays, and by a kernel of the graph right before the call."""
     made = ranks.case(4, 4096, form="sandwich", seed=1)
-    next_weight = made.weight.clone()
+    next_weights = [made.weight.clone() for _ in range(2)]
     ranks.call(made)
 
     def calls() -> list[Tensor]:
-        first = ranks.call(made)
-        made.weight.copy_(next_weight)
-        return [*first, *ranks.call(made)]
+        outputs: list[Tensor] = []
+        for i, algorithm in enumerate((*FUSED, FUSED[0])):
+            if i > 0:
+                made.weight.copy_(next_weights[i - 1])
+            outputs += ranks.call(made, algorithm=algorithm)
+        return outputs
 
     graph = Graph(ranks, calls)
     for replay in range(REPLAYS):
         fresh = ranks.case(4, 4096, form="sandwich", seed=10 * replay)
         refill(made, fresh)
-        next_weight.copy_(ranks.case(4, 4096, seed=10 * replay + 1).weight)
+        for i, weight in enumerate(next_weights):
+            weight.copy_(ranks.case(4, 4096, seed=10 * replay + 1 + i).weight)
         graph.replay()
-        ranks.expect_bits(fresh, graph.outputs[:2], f"replay {replay}, first call")
-        updated = replace(fresh, weight=next_weight)
-        ranks.expect_bits(updated, graph.outputs[2:], f"replay {replay}, after the update")
+        for i, weight in enumerate((fresh.weight, *next_weights)):
+            updated, got = replace(fresh, weight=weight), graph.outputs[2 * i : 2 * i + 2]
+            ranks.expect_bits(updated, got, f"replay {replay}, call {i}")
 
 
 # ---- paths
@@ -558,7 +587,9 @@ def the_unfused_path(ranks: Ranks) -> None:
 
 @case
 def torch_compile(ranks: Ranks) -> None:
-    """One graph for all numbers of rows, without a break."""
+    """One graph for all numbers of rows, without a break, whatever algorithm they take."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     weights = [ranks.case(1, 1024, seed=i).weight for i in range(2)]
 
     def block(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -569,9 +600,19 @@ def torch_compile(ranks: Ranks) -> None:
 
     # Inductor once: it takes a while to start.
     backend = "inductor" if ranks.gpu and ranks.world == 2 else "aot_eager"
-    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=backend)
     torch._dynamo.reset()
-    for i, rows in enumerate((4, 16, 7, 96, 4)):
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True, backend=counter)
+    sizes = [4, 16, 7, 96, 4]
+    workspace = gemma_ar_norm.init(timeout_s=TIMEOUT_S)
+    if workspace.fused:
+        most = plan.most_one_shot_rows(workspace.rules, MAX_ELEMENTS, 1024 * 2 // 16)
+        if most * 1024 * ranks.world < MAX_ELEMENTS:  # two ranks over NVLink have one-shot alone
+            sizes[2:2] = [most + 1, most, most + 8]
+            paths = {gemma_ar_norm.explain(rows, 1024).path for rows in sizes}
+            ranks.expect(paths == set(FUSED), f"the plan takes {paths} for {sizes} rows")
+    counts = []
+    for i, rows in enumerate(sizes):
         made = ranks.case(rows, 1024, seed=i)
         dist.barrier()  # compiling takes longer than a call may wait
         outputs = compiled(made.xs[ranks.rank], made.residual)
@@ -581,6 +622,11 @@ def torch_compile(ranks: Ranks) -> None:
             made, xs=[norm_out * 2] * ranks.world, weight=weights[1], residual=residual
         )
         ranks.expect_bits(second, outputs, f"compiled, {rows} rows")
+        counts.append(counter.frame_count)
+    ranks.expect(counts == counts[:1] * len(sizes), f"compiled again: {counts} for {sizes} rows")
+    targets = [str(node.target) for node in counter.graphs[-1].graph.nodes]
+    ours = [target for target in targets if "gemma_ar_norm" in target]
+    ranks.expect(len(ours) == 2, f"ops in the graph: {targets}")
 
 
 @case
@@ -590,10 +636,12 @@ def opcheck(ranks: Ranks) -> None:
     for form in checks.FORMS:
         made = ranks.case(6, 640, form=form, seed=3)
         x = made.xs[ranks.rank]
-        arguments = (x, made.weight, made.residual, made.post_weight, 1e-6, 1.0, name, "auto")
-        torch.library.opcheck(op.default, arguments)
-        out = {"norm_out": torch.empty_like(x), "residual_out": torch.empty_like(x)}
-        torch.library.opcheck(op.out, arguments, out)
+        tensors = (x, made.weight, made.residual, made.post_weight)
+        for algorithm in ("auto", FUSED[1]):
+            arguments = (*tensors, 1e-6, 1.0, name, algorithm)
+            torch.library.opcheck(op.default, arguments)
+            out = {"norm_out": torch.empty_like(x), "residual_out": torch.empty_like(x)}
+            torch.library.opcheck(op.out, arguments, out)
 
 
 @case
@@ -658,36 +706,78 @@ def deadline(ranks: Ranks) -> None:
     """The last rank does not call. The others learn who is missing, in time, and can go on."""
     group = dist.new_group(list(range(ranks.world)))
     made = ranks.case(5, 1024, seed=1)
-    ranks.call(made)  # with the default time, for a kernel may be loaded by its first call
+    ranks.call_each(made)  # with the default time, for a kernel may be loaded by its first call
     ranks.synchronize()
-    gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=0.5)
-    ranks.expect_result(made, ranks.call(made, group=group), "before")
-    ranks.synchronize()
-    dist.barrier()
-
-    absent = ranks.world - 1
-    if ranks.rank != absent:
-        out = tuple(checks.poisoned_like(made.residual) for _ in range(2))
-        start = time.monotonic()
-        ranks.call(made, group=group, out=out)
+    for algorithm in FUSED:
+        gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=0.5)
+        outputs = ranks.call(made, group=group, algorithm=algorithm)
+        ranks.expect_result(made, outputs, f"before {algorithm}")
         ranks.synchronize()
-        took = time.monotonic() - start
-        ranks.expect(0.3 < took < 2.5, f"the call took {took:.2f} s")
-        ranks.expect(all(bool(o.isnan().all()) for o in out), "outputs are not NaN")
-        for _ in range(2):
-            start = time.monotonic()
-            with ranks.expect_raises(gemma_ar_norm.PeerTimeoutError) as caught:
-                ranks.call(made, group=group)
-            ranks.expect(time.monotonic() - start < 0.2, "a later call waited")
-            for error in caught:
-                ranks.expect(error.peer == absent, f"peer {error.peer} is named; {absent} was it")
-                ranks.expect(str(absent) in str(error), f"the message names nobody: {error}")
-    dist.barrier()
+        dist.barrier()
+        _one_rank_does_not_call(ranks, made, group, algorithm)
+        dist.barrier()
 
     total = torch.ones(1000, device=ranks.device).sum().item()
     ranks.expect(total == 1000, f"the context does not work: {total}")
     gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=TIMEOUT_S)
-    ranks.expect_result(made, ranks.call(made, group=group), "after a new init")
+    ranks.expect_each(made, "after a new init", group=group)
+
+
+def _one_rank_does_not_call(ranks: Ranks, made: Case, group: Any, algorithm: str) -> None:
+    absent = ranks.world - 1
+    if ranks.rank == absent:
+        return
+    out = tuple(checks.poisoned_like(made.residual) for _ in range(2))
+    options = {"group": group, "algorithm": algorithm}
+    start = time.monotonic()
+    ranks.call(made, out=out, **options)
+    ranks.synchronize()
+    took = time.monotonic() - start
+    ranks.expect(0.3 < took < 2.5, f"the {algorithm} call took {took:.2f} s")
+    ranks.expect(all(bool(o.isnan().all()) for o in out), f"{algorithm}: outputs are not NaN")
+    for _ in range(2):
+        start = time.monotonic()
+        with ranks.expect_raises(gemma_ar_norm.PeerTimeoutError) as caught:
+            ranks.call(made, **options)
+        ranks.expect(time.monotonic() - start < 0.2, "a later call waited")
+        for error in caught:
+            named = f"{algorithm}: peer {error.peer} is named; {absent} was it"
+            ranks.expect(error.peer == absent, named)
+            ranks.expect(str(absent) in str(error), f"the message names nobody: {error}")
+
+
+@case
+def shares_that_differ(ranks: Ranks) -> None:
+    """Ranks of one GPU that have different parts of it, by MPS, choose alike for calls of any
+    size. (Where there is no MPS they have no parts, and the same is asked of them.)"""
+    workspace = gemma_ar_norm.init(hidden_size=8192, max_rows=256, timeout_s=TIMEOUT_S)
+    share = percentage = 0.0
+    if ranks.gpu:
+        share = torch.cuda.get_device_properties(ranks.device).multi_processor_count
+        percentage = float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "0"))
+    said = {"rules": repr(workspace.rules), "share": share, "percentage": percentage}
+    all_said = groups.all_gather_json(groups.resolve(), said)
+    ranks.expect(len({one["rules"] for one in all_said}) == 1, f"different rules: {all_said}")
+    least = min(one["share"] for one in all_said)
+    if percentage:
+        print(f"shares: {[one['share'] for one in all_said]}", flush=True)
+        ranks.expect(len({one["percentage"] for one in all_said}) > 1, f"no parts: {all_said}")
+        multiprocessors = {rule.multiprocessors for rule in workspace.rules}
+        ranks.expect(multiprocessors == {least}, f"{multiprocessors} of {all_said}")
+
+    digest, paths = Digest(), set()
+    sizes = [*itertools.product((1, 2, 7, 16, 33, 96), (640, 2880, 5376)), (333, 8192), (1000, 640)]
+    for i, (rows, hidden) in enumerate(sizes):
+        dtype, form = checks.DTYPES[i % 3], checks.FORMS[i // 3 % 3]
+        made = ranks.case(rows if ranks.gpu else min(rows, 4), hidden, dtype, form, seed=i)
+        outputs = ranks.call(made)
+        ranks.expect_result(made, outputs, "auto")
+        digest.add(*outputs)
+        said = gemma_ar_norm.explain(rows, hidden, dtype, device=ranks.device)
+        paths.add((said.path, said.launches, said.blocks, said.threads))
+    ranks.expect_equal_everywhere(digest)
+    all_paths = groups.all_gather_json(groups.resolve(), sorted(paths))
+    ranks.expect(all(one == all_paths[0] for one in all_paths), f"different paths: {all_paths}")
 
 
 @case
