@@ -1,6 +1,7 @@
 #include "cases.h"
 
 #include <algorithm>
+#include <optional>
 #include <sstream>
 
 #include "contract.h"

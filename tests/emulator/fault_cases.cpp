@@ -56,7 +56,7 @@ FaultRun::FaultRun(uint64_t seed, const Limits& limits)
   const uint64_t accesses = random_.below(4u << random_.below(12));
   switch (fault_) {
     case Fault::kNeverComes:
-      // Another comes so late that others wait for it, in vain, when it has just begun to wait.
+      // Another comes late: it still waits when the deadlines of those who wait for it end.
       if (case_.ranks > kMinRanks && random_.one_in(2)) {
         latecomer_ = (culprit_ + 1 + random_.below(case_.ranks - 1)) % case_.ranks;
         options_.stalls = {{latecomer_, accesses, 1 + random_.below(Harness::kTimeoutNs / 2)}};

@@ -177,8 +177,8 @@ size_t FaultRun::first_failed(uint32_t rank) const {
   return exchanges_.size();
 }
 
-// Where in an area a pack comes that `source` sends `reader`, by which inbox.h says; none where it
-// sends none.
+// Where in its area a pack of a row is that `source` sends `reader`, or its sum; none where it
+// sends neither.
 static std::optional<uint64_t> place_in_area(const Exchange& exchange, uint32_t ranks,
                                              uint32_t source, uint32_t reader, uint32_t row,
                                              uint32_t pack) {
@@ -186,9 +186,8 @@ static std::optional<uint64_t> place_in_area(const Exchange& exchange, uint32_t 
   if (exchange.launch.shape.algorithm == Algorithm::kOneShot)
     return one_shot_slot(row, pack, row_packs);
   const uint32_t slice = slice_of_pack(pack, row_packs, ranks);
-  const uint32_t team_row = row % exchange.launch.shape.teams,
-                 i = row / exchange.launch.shape.teams;
-  const uint32_t owner = owner_of_slice(slice, team_row + i, ranks);
+  const uint32_t teams = exchange.launch.shape.teams;
+  const uint32_t owner = owner_of_slice(slice, row % teams + row / teams, ranks);
   const uint32_t longest = slice_packs(row_packs, ranks);
   const uint64_t slot =
       two_shot_slot(row, pack - first_pack_of_slice(slice, row_packs, ranks), longest);

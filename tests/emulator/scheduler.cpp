@@ -143,7 +143,9 @@ bool World::State::go_on_idle() {
     }
     if (!options.time_passes) return true;
   }
-  // Longer steps the longer it takes: deadlines may be anything from milliseconds to hours.
+  // Longer steps the longer it takes: deadlines may be anything from milliseconds to hours. But 64
+  // of them, from a look at the clock to the next (exchange.cuh), are shorter than the time by
+  // which one deadline is set behind another.
   const uint64_t step = std::max(kShortestStep, idle_ns / kStepsOfIdleTime);
   move_clock(looks_again ? std::min(now_ns + step, stall_end) : stall_end);
   return true;
