@@ -472,7 +472,7 @@ def better_error(error: Exception, group_name: str, arguments: dict[str, Any]) -
     text = str(error)
     if stored is not None and _text(stored) in text:
         return stored
-    if "PeerTimeoutError" in text or "one after the other" in text:
+    if "PeerTimeoutError:" in text or "WorkspaceError:" in text:
         found = workspace.find(group_name)
         try:
             if found is not None:

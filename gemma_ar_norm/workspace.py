@@ -441,9 +441,9 @@ def init(
 
         2 max( (ranks - 1) one_shot_rows row, 2 (ranks - 1) / ranks max_rows row ),
 
-    rounded up to 2 MiB, where one_shot_rows, at most max_rows, is the largest call that the plan
-    does by one-shot. It serves any hidden size and dtype, and a call with more rows than fit in it
-    takes several launches.
+    each slice of a row rounded up to 16 bytes and the whole to 2 MiB, where one_shot_rows, at most
+    max_rows, is the largest call that the plan does by one-shot. It serves any hidden size and
+    dtype, and a call with more rows than fit in it takes several launches.
 
     group: a ProcessGroup of any backend, or None for the default group. Where the ranks have no
         way to each other's memory, and where there is one rank, the result is a Workspace with
@@ -644,7 +644,7 @@ class LocalGroup(Sequence[LocalRank]):
         return iter(self._ranks)
 
     def synchronize(self) -> None:
-        """Waits for the device, then raises PeerTimeoutError when a call of any rank has failed."""
+        """Waits for the device, then `check()` of each rank's workspace."""
         for rank in self._ranks:
             rank.workspace.synchronize()
 

@@ -140,7 +140,10 @@ class World {
           std::make_shared<Workspace>(0, r, problem_.ranks, bytes, kTimeoutNs, rules));
     }
     for (auto& w : workspaces) w->connect_local(workspaces);
-    for (auto& d : data_) d->norm_out.poison();
+    for (auto& d : data_) {
+      d->norm_out.poison();
+      d->residual_out.poison();
+    }
     check(cudaDeviceSynchronize());
     const double us = time_us([&](uint32_t r) { workspaces[r]->run(call(r, rows), streams_[r]); });
     for (auto& w : workspaces) {
@@ -152,13 +155,18 @@ class World {
     return us;
   }
 
-  // Of the last fused call, all ranks' alike, since they have the same residual.
+  // Of the last fused call, norm_out and residual_out; all ranks' alike, since they have the same
+  // residual.
   std::vector<char> outputs(uint32_t rows) {
-    const std::vector<char> first = data_[0]->norm_out.bytes(size_t{rows} * problem_.hidden);
+    const size_t count = size_t{rows} * problem_.hidden;
+    std::vector<char> first;
     for (auto& d : data_) {
-      if (d->norm_out.bytes(size_t{rows} * problem_.hidden) != first) {
+      std::vector<char> both = d->norm_out.bytes(count);
+      const std::vector<char> residual_out = d->residual_out.bytes(count);
+      both.insert(both.end(), residual_out.begin(), residual_out.end());
+      if (first.empty()) first = both;
+      if (both != first)
         throw std::runtime_error("streams: ranks with the same residual gave different bits");
-      }
     }
     return first;
   }
@@ -256,6 +264,7 @@ std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& path) {
     }
     uint32_t f[10];
     for (uint32_t& field : f) words >> field;
+    if (!words) throw std::runtime_error("--rules: ten numbers a line are required; got " + line);
     rules[ranks].push_back(
         {f[0], f[1], f[2], Algorithm{f[3]}, f[4], f[5], f[6], Trigger{f[7]}, f[8], f[9]});
   }

@@ -209,7 +209,8 @@ cudaStream_t current_stream(int32_t device) {
 void throw_if_failed(const Workspace& workspace) {
   if (workspace.has_overlapped()) {
     throw std::runtime_error(
-        "workspace: calls one after the other are required; got two that ran at the same time; "
+        "WorkspaceError: calls one after the other are required; got two that ran at the same "
+        "time; "
         "order the replays of graphs that were captured with it");
   }
   const auto record = workspace.failure();

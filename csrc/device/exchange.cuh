@@ -188,7 +188,7 @@ GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pac
   const Pack out = sendable(own);
 #pragma unroll
   for (uint32_t i = 0; i < kRanks - 1; ++i) {
-    // Pairs with the load in load_all of that peer.
+    // Pairs with the load in load_all of that peer; a sum with that in two_shot's finish_row.
     store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[i].push + offset), out);
   }
 }
@@ -208,7 +208,7 @@ GAN_DEVICE void load_all(const ExchangeParams& exchange, uint64_t offset,
                          Pack (&from)[kRanks - 1]) {
 #pragma unroll
   for (uint32_t area = 0; area < kRanks - 1; ++area) {
-    // Pairs with the store in push_to_all of the peer whose area it is.
+    // Pairs with the store in push_to_all or push_to_one of the peer whose area it is.
     from[area] = load_relaxed_sys(poll_address(exchange, area, offset));
   }
 }

@@ -1,7 +1,8 @@
 // The layout of an inbox: the memory of a rank that its peers write. Total bytes and every address
 // come from here, on the host and on the GPU; no other file knows an offset.
 //
-//   kHeaderBytes  InboxHeader: error board, farewells, failure claim, copies of the call number
+//   kHeaderBytes  InboxHeader: error board, farewells, failure claim, calls in use, copies of the
+//                 call number
 //   stage_bytes   stage 0: an area for each peer
 //   stage_bytes   stage 1: the same
 //

@@ -5,8 +5,7 @@
 //
 //   1. Push this rank's packs of a row to their owners.
 //   2. Of a row's packs that this rank owns: poll until those of all peers are here, add them in
-//   rank
-//      order, round, push the sum to every peer, keep it, and clear what was read.
+//      rank order, round, push the sum to every peer, keep it, and clear what was read.
 //   3. Of all packs of a row: poll until the sum is here. The epilogue: residual, norm, outputs
 //      (row_norm.cuh). Clear what was read.
 //   4. Advance the call number, of which most copies have been advanced after the first push.
@@ -112,17 +111,17 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
       const Place place = place_of(j);
       if (!norm.in_row(j) || owner_of(place, i) != exchange.rank) continue;
       const uint64_t offset = slot(i, place);
+      // zero is 0, which the compiler does not know: so it computes the peers' addresses anew where
+      // they are used, rather than keep all of them in registers.
       Pack from[kRanks - 1];
       for (uint32_t polls = 1; !call.broken; ++polls) {
-        load_all<kRanks>(exchange, offset + polls * two_shot.zero, from);  // see below
+        load_all<kRanks>(exchange, offset + polls * two_shot.zero, from);
         if (all_full<kRanks>(from)) break;
         call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row_at(i),
                                            {offset, 0, kRanks - 1, 0});
       }
       if (call.broken) continue;
       order_calls(row_at(i), team.pack(j));
-      // So that the addresses are computed anew, rather than kept in registers since the polls: the
-      // compiler does not know that zero is 0.
       const uint64_t again = offset + two_shot.zero;
       const Pack own = norm.load_x(row_at(i), j);  // a second time: it is in the L1
       const Pack sum = sum_in_rank_order<kType, kRanks>(exchange.rank, from, own);
@@ -133,7 +132,7 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   };
 
   // 3.
-  const auto finish_row = [&](uint32_t i, Pack kept) {
+  const auto finish_row = [&](uint32_t i, const Pack& kept) {
     const uint32_t row = row_at(i);
     for (uint32_t j = 0; j < team.packs; ++j) {
       Pack sum = nan_pack();

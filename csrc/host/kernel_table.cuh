@@ -57,7 +57,8 @@ inline bool is_possible(const LaunchShape& shape, const RowParams& row) {
       shape.packs_a_thread * shape.blocks_a_team * (shape.threads / kSegmentPacks);
   return shape.teams > 0 && shape.teams <= row.rows && shape.blocks() <= kMaxBlocks &&
          shape.threads % kSegmentPacks == 0 && segments <= kMaxSegments &&
-         segments * kSegmentPacks >= row.row_packs && shape.lead_rows > 0;
+         segments * kSegmentPacks >= row.row_packs && shape.lead_rows > 0 &&
+         shape.packs_a_thread * shape.threads <= kMaxRowPacks;  // of shared memory
 }
 
 namespace detail {

@@ -53,6 +53,9 @@ struct LaunchShape {
 
 // At 64 registers a thread (gpu.cuh).
 inline constexpr uint32_t kMaxThreadsAMultiprocessor = 1024;
+// Shared memory of one, on the GPU that has the least (compute capability 8.6), less what blocks
+// take besides their packs.
+inline constexpr uint32_t kSharedBytesAMultiprocessor = 90 * 1024;
 // Clusters of more, smaller blocks were seen not to fit on a GPU that ranks share.
 inline constexpr uint32_t kBlocksAMultiprocessor = 4;
 
@@ -63,8 +66,13 @@ inline LaunchShape shape_of(const PlanRule& rule, uint64_t rows, uint32_t row_pa
   const uint32_t block_packs = divide_up(row_packs, rule.blocks_a_team);
   const uint32_t packs_a_thread = divide_up(block_packs, rule.max_threads);
   const uint32_t threads = divide_up(divide_up(block_packs, packs_a_thread), kWarp) * kWarp;
+  const uint32_t fit_by_threads = rule.threads_a_multiprocessor / threads;
+  // A thread's packs of a row, where it has several, lie there.
+  const uint32_t fit_by_memory =
+      packs_a_thread == 1 ? kBlocksAMultiprocessor
+                          : kSharedBytesAMultiprocessor / (packs_a_thread * threads * kPackBytes);
   const uint32_t blocks_a_multiprocessor =
-      std::clamp(rule.threads_a_multiprocessor / threads, 1u, kBlocksAMultiprocessor);
+      std::clamp(std::min(fit_by_threads, fit_by_memory), 1u, kBlocksAMultiprocessor);
   const uint32_t blocks_resident =
       std::min(rule.multiprocessors * blocks_a_multiprocessor, kMaxBlocks);
   const uint32_t teams_resident = std::max(1u, blocks_resident / rule.blocks_a_team);
@@ -79,10 +87,11 @@ inline LaunchShape shape_of(const PlanRule& rule, uint64_t rows, uint32_t row_pa
 inline const PlanRule& choose(const std::vector<PlanRule>& rules, uint64_t rows, uint32_t row_packs,
                               std::optional<Algorithm> wanted = std::nullopt) {
   const PlanRule* last = nullptr;
+  const uint64_t packs = std::min<uint64_t>(rows * row_packs, UINT32_MAX);  // plan.NO_LIMIT
   for (const PlanRule& rule : rules) {
     if (wanted && rule.algorithm != *wanted) continue;
-    if (rows <= rule.max_rows && row_packs <= rule.max_row_packs &&
-        rows * row_packs <= rule.max_packs)
+    if (std::min<uint64_t>(rows, UINT32_MAX) <= rule.max_rows && row_packs <= rule.max_row_packs &&
+        packs <= rule.max_packs)
       return rule;
     last = &rule;
   }

@@ -30,6 +30,7 @@ MAX_ROWS = 1 << 27  # of a launch
 HUGE = 1 << 56  # bytes of an inbox that takes every call in one launch
 PACKS_A_SEGMENT = 32
 BLOCKS_A_MULTIPROCESSOR = 4  # kBlocksAMultiprocessor
+SHARED_BYTES_A_MULTIPROCESSOR = 90 * 1024  # kSharedBytesAMultiprocessor
 SOME_ROW_PACKS = sorted(
     {max(1, p + d) for p in (1, 32, 80, 128, 256, 512, 1024, 4095) for d in (-1, 0, 1)}
 )
@@ -68,14 +69,14 @@ def of_algorithm(rules: Sequence[plan.Rule], wanted: str) -> list[int]:
 
 
 def pick(rules: Sequence[plan.Rule], rows: int, row_packs: int, wanted: str = "auto") -> int:
-    """choose(): the first rule that takes the call; the last takes all."""
+    """choose(): the first rule that takes the call; the last takes all. NO_LIMIT is none."""
     counting = of_algorithm(rules, wanted)
     for i in counting:
         rule = rules[i]
         if (
-            rows <= rule.max_rows
+            min(rows, plan.NO_LIMIT) <= rule.max_rows
             and row_packs <= rule.max_row_packs
-            and rows * row_packs <= rule.max_packs
+            and min(rows * row_packs, plan.NO_LIMIT) <= rule.max_packs
         ):
             return i
     return counting[-1]
@@ -341,9 +342,14 @@ def assert_shape(rules: Sequence[plan.Rule], rows: int, row_packs: int, wanted: 
     share = rule.multiprocessors
     assert blocks * shape["threads"] <= share * rule.threads_a_multiprocessor, case
     assert blocks <= share * BLOCKS_A_MULTIPROCESSOR, case
+    kept = 0 if shape["packs_a_thread"] == 1 else shape["packs_a_thread"] * shape["threads"] * 16
+    assert kept <= 64 * 1024, case
+    assert blocks <= share or blocks * kept <= share * SHARED_BYTES_A_MULTIPROCESSOR, case
     # And no more than one team is left out where rows wait for blocks.
     if shape["teams"] < rows:
         fit = rule.threads_a_multiprocessor // shape["threads"]
+        if kept:
+            fit = max(1, min(fit, SHARED_BYTES_A_MULTIPROCESSOR // kept))
         a_multiprocessor = min(fit, BLOCKS_A_MULTIPROCESSOR)
         assert blocks + team > min(share * a_multiprocessor, MAX_BLOCKS), case
 
@@ -408,7 +414,11 @@ def test_cpp_picks_the_first_rule_that_takes_the_call(rules, rows, row_packs, wa
     assert found["rule"] == pick(rules, rows, row_packs, wanted)
     # Of 32 threads a multiprocessor has 4 blocks. So many rows that all have one.
     expected = rules[found["rule"]]
-    assert found["teams"] == min(rows, expected.multiprocessors * BLOCKS_A_MULTIPROCESSOR)
+    fit = BLOCKS_A_MULTIPROCESSOR
+    if found["packs_a_thread"] > 1:
+        kept = found["packs_a_thread"] * found["threads"] * 16
+        fit = min(fit, SHARED_BYTES_A_MULTIPROCESSOR // kept)
+    assert found["teams"] == min(rows, expected.multiprocessors * fit)
     assert found["trigger"] == expected.trigger
 
 

@@ -55,8 +55,13 @@ def test_calls_in_order_are_not(group):
     expected = made.expected()
     out = [tuple(torch.full_like(made.xs[0], 77.0) for _ in range(2)) for _ in group]
     others = [torch.cuda.Stream() for _ in group]
-    torch.cuda.synchronize()
+    graphs = [captured_call(made, rank) for rank in group]
     for turn in range(20):
+        torch.cuda.synchronize()
+        for rank, graph in zip(group, graphs, strict=True):
+            with torch.cuda.stream(rank.stream):
+                graph.replay()
+        torch.cuda.synchronize()
         for rank, other in zip(group, others, strict=True):
             with torch.cuda.stream(other if turn % 2 else rank.stream):
                 gemma_ar_norm.fused_allreduce_gemma_rmsnorm(
