@@ -220,7 +220,7 @@ def explain(
     if rows == 0:
         path = algorithm if algorithm in plan.FUSED_ALGORITHMS else "one_shot"
         return answer(path, "0 rows: nothing is launched")
-    row_packs = hidden_size * dtype.itemsize // workspace.PACK_BYTES
+    row_packs = hidden_size * dtype.itemsize // plan.PACK_BYTES
     numbers = [rule.numbers for rule in found.rules]
     launches = _C.launches(numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
     first = launches[0]

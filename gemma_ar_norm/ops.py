@@ -18,7 +18,8 @@ from torch import Tensor
 from . import groups, plan, reference, workspace
 from .errors import PeerTimeoutError, WorkspaceError
 from .library import _C
-from .workspace import DTYPES, MAX_HIDDEN, PACK_BYTES
+from .plan import PACK_BYTES
+from .workspace import DTYPES, MAX_HIDDEN
 
 NAMESPACE = "gemma_ar_norm"
 

@@ -34,10 +34,9 @@ from . import groups, plan
 from .errors import PeerTimeoutError, WorkspaceError
 from .groups import Group
 from .library import _C
+from .plan import MAX_RANKS, PACK_BYTES
 
-MAX_RANKS = 8
 MAX_HIDDEN = 16384
-PACK_BYTES = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
 MIN_SHARE_OF_CLUSTERS = 64

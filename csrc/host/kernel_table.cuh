@@ -46,9 +46,8 @@ inline Form form_of(const RowParams& row) {
   return row.post_weight == nullptr ? Form::kResidual : Form::kSandwich;
 }
 
-// A thread's packs of a row, where it has several, lie there.
 inline uint32_t dynamic_shared_bytes(const LaunchShape& shape) {
-  return shape.packs_a_thread == 1 ? 0 : shape.packs_a_thread * shape.threads * kPackBytes;
+  return kept_bytes(shape.packs_a_thread, shape.threads);
 }
 
 // Whether the kernels can do these rows in this shape: a plan that is not Python's may be wrong.

@@ -61,16 +61,20 @@ inline constexpr uint32_t kBlocksAMultiprocessor = 4;
 
 inline uint32_t divide_up(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
+// What a block keeps of a row in shared memory, where a thread has several packs.
+inline uint32_t kept_bytes(uint32_t packs_a_thread, uint32_t threads) {
+  return packs_a_thread == 1 ? 0 : packs_a_thread * threads * kPackBytes;
+}
+
 inline LaunchShape shape_of(const PlanRule& rule, uint64_t rows, uint32_t row_packs) {
   constexpr uint32_t kWarp = 32;
   const uint32_t block_packs = divide_up(row_packs, rule.blocks_a_team);
   const uint32_t packs_a_thread = divide_up(block_packs, rule.max_threads);
   const uint32_t threads = divide_up(divide_up(block_packs, packs_a_thread), kWarp) * kWarp;
   const uint32_t fit_by_threads = rule.threads_a_multiprocessor / threads;
-  // A thread's packs of a row, where it has several, lie there.
+  const uint32_t kept = kept_bytes(packs_a_thread, threads);
   const uint32_t fit_by_memory =
-      packs_a_thread == 1 ? kBlocksAMultiprocessor
-                          : kSharedBytesAMultiprocessor / (packs_a_thread * threads * kPackBytes);
+      kept == 0 ? kBlocksAMultiprocessor : kSharedBytesAMultiprocessor / kept;
   const uint32_t blocks_a_multiprocessor =
       std::clamp(std::min(fit_by_threads, fit_by_memory), 1u, kBlocksAMultiprocessor);
   const uint32_t blocks_resident =

@@ -336,7 +336,11 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   const bool has_order = last_stream_ == stream && last_call_ == nullptr;
   const bool eager = !has_order && !is_capturing(stream);
   if (eager) order_after_other_streams(stream);
-  if (next_launch(rules_, layout_, call.rows, row_packs_of(call), call.algorithm).rows == 0) {
+  const auto launch_of = [&](uint64_t rows) {
+    return next_launch(rules_, layout_, rows, row_packs_of(call), call.algorithm);
+  };
+  PlannedLaunch next = launch_of(call.rows);
+  if (next.rows == 0) {
     throw std::runtime_error("workspace: room for one row of " +
                              std::to_string(row_bytes_of(call)) + " bytes is required; got " +
                              std::to_string(layout_.area_bytes) +
@@ -345,16 +349,16 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   constexpr const char* kStarts = "launch: a kernel that starts is required";
   if (host_overlap_ != nullptr)
     check_cuda(launch_enter_call(inbox_->data(), host_overlap_.get(), stream), kStarts);
-  for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
-    const PlannedLaunch next =
-        next_launch(rules_, layout_, call.rows - first, row_packs_of(call), call.algorithm);
-    rows = next.rows;
+  for (uint64_t first = 0;;) {
     const LaunchShape shape = next.shape(row_packs_of(call));
-    const RowParams part = rows_from(call, first, rows, shape);
+    const RowParams part = rows_from(call, first, next.rows, shape);
     const FusedParams params{
         part, shape.trigger, exchange_,
         two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
     check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
+    first += next.rows;
+    if (first >= call.rows) break;
+    next = launch_of(call.rows - first);
   }
   if (host_overlap_ != nullptr) check_cuda(launch_leave_call(inbox_->data(), stream), kStarts);
   if (!eager) return;

@@ -93,6 +93,15 @@ class Replays:
         assert not wrong.any(), f"wrong elements, replay by replay: {wrong.tolist()}"
 
 
+def run_eager(group, calls: Sequence[Call], where: str) -> None:
+    for call in calls:
+        call.poison()
+    torch.cuda.synchronize()
+    for call in calls:
+        call.enqueue(group)
+    assert_right(group, calls, where)
+
+
 def assert_right(group, calls: Sequence[Call], where: str) -> None:
     torch.cuda.synchronize()
     if sum(call.wrong() for call in calls).item():
@@ -177,24 +186,14 @@ def test_capture_on_any_stream(group, n, on):
         for rows, form, algorithm in ((3, "residual", FUSED[0]), (17, "sandwich", FUSED[1]))
     ]
     eager = [Call.of(case(n, 5), algorithm=algorithm) for algorithm in FUSED]
-    for call in eager:
-        call.poison()
-    torch.cuda.synchronize()
-    for call in eager:
-        call.enqueue(group)
-    assert_right(group, eager, "before the capture")
+    run_eager(group, eager, "before the capture")
     graphs = capture(group, calls, stream)
     replays = Replays(group)
     for _ in range(10):
         news = [case(n, 3, "residual"), case(n, 17, "sandwich")]
         torch.cuda.synchronize()
         replays.replay(graphs, calls, news)
-        for call in eager:
-            call.poison()
-        torch.cuda.synchronize()
-        for call in eager:
-            call.enqueue(group)
-        assert_right(group, eager, "between replays")
+        run_eager(group, eager, "between replays")
     replays.assert_right()
 
 
