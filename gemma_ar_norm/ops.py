@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import groups, plan, reference, workspace
+from . import debug, groups, plan, reference, workspace
 from .errors import PeerTimeoutError, WorkspaceError
 from .library import _C
 from .plan import PACK_BYTES
@@ -304,7 +304,10 @@ def _cpu(
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
     check_arguments(x, weight, residual, post_weight, eps, weight_bias, algorithm)
-    xs = groups.all_gather_rows(groups.resolve(group_name), x.contiguous())
+    group = groups.resolve(group_name)
+    if debug.is_on():
+        debug.compare(group, x, weight, residual, post_weight, eps, weight_bias, algorithm)
+    xs = groups.all_gather_rows(group, x.contiguous())
     return reference.fused_allreduce_gemma_rmsnorm(
         xs,
         weight,
@@ -400,6 +403,10 @@ def slow_path(
         if algorithm != "unfused" and _is_fused(x, group_name, algorithm):
             fused_allreduce_rmsnorm_out(x, *rest, group_name, algorithm, **out)
         else:
+            found = workspace.find(group_name)
+            # With a fused workspace it has been done on the device.
+            if found is not None and found.debug and not (found.fused or workspace.is_capturing()):
+                debug.compare(groups.resolve(group_name), x, *rest, algorithm)
             add_rmsnorm_out(_all_reduce(x, group_name), *rest, **out)
     except BaseException as error:
         # The inner call may have come here too, and have kept what it raised.

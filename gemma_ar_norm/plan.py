@@ -105,6 +105,7 @@ class Shape(NamedTuple):
 
 _ONE_SHOT = (
     Shape(1, row_packs=128),
+    Shape(2, row_packs=256, rows=1 / 16),
     Shape(4, rows=1 / 2),
     Shape(2, row_packs=512, packs=1250),
     Shape(1, full=True, row_packs=512),
@@ -121,6 +122,7 @@ _TWO_SHOT = (
     Shape(2, full=True),
 )
 # With seven or eight ranks.
+_ONE_SHOT_OF_MANY = (_ONE_SHOT[0], *_ONE_SHOT[2:])
 _TWO_SHOT_OF_MANY = (
     Shape(1, row_packs=128, packs=2000),
     Shape(4, rows=1 / 4, packs=1250),
@@ -138,8 +140,12 @@ _ONE_SHOT_ON_ONE_GPU = {
     4: (Size(max_packs=22_000),),
     5: (Size(max_packs=10_000),),
     6: (Size(max_packs=4096),),
-    7: (Size(max_row_packs=256, max_packs=3000), Size(max_packs=1500)),
-    8: (Size(max_row_packs=128, max_packs=2560), Size(max_row_packs=256, max_packs=2048)),
+    7: (Size(max_row_packs=256, max_packs=3000), Size(max_packs=1500), Size(max_rows=1)),
+    8: (
+        Size(max_row_packs=128, max_packs=2560),
+        Size(max_row_packs=256, max_packs=2048),
+        Size(max_rows=1),
+    ),
 }
 _ON_ONE_GPU = "measured on one H100 that all ranks share, 2026-11-24"
 _NOT_MEASURED = (5, 7)
@@ -225,9 +231,14 @@ def make_rules(
             f"one-shot {upto} by a model of NVLink, not measured; shapes measured on one H100 that "
             "all ranks share, 2026-11-24"
         )
-    one_shot = [(shape.size(multiprocessors), ONE_SHOT, shape) for shape in _ONE_SHOT]
-    shapes = _TWO_SHOT if ranks < MANY_RANKS else _TWO_SHOT_OF_MANY
-    two_shot = [(shape.size(multiprocessors), TWO_SHOT, shape) for shape in shapes]
+    many = ranks >= MANY_RANKS
+    one_shot, two_shot = (
+        [(shape.size(multiprocessors), algorithm, shape) for shape in shapes]
+        for algorithm, shapes in (
+            (ONE_SHOT, _ONE_SHOT_OF_MANY if many else _ONE_SHOT),
+            (TWO_SHOT, _TWO_SHOT_OF_MANY if many else _TWO_SHOT),
+        )
+    )
     rules = [
         rule(_smaller(size, most), algorithm, shape, evidence)
         for most in one_shot_sizes

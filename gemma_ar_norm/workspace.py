@@ -30,7 +30,7 @@ from typing import Any, TypeVar, overload
 
 import torch
 
-from . import groups, plan
+from . import debug, groups, plan
 from .errors import PeerTimeoutError, WorkspaceError
 from .groups import Group
 from .library import _C
@@ -75,6 +75,7 @@ class Facts:
     max_rows: Any = None
     dtype: Any = None
     timeout_s: Any = None
+    debug: bool = False
     error: str = ""  # why this rank cannot take part
     error_type: str = "WorkspaceError"
     no_gpu: str = ""  # why this rank has no GPU to offer
@@ -124,6 +125,13 @@ def verdict(facts: Sequence[Facts], access: Sequence[Sequence[str]] | None = Non
         text = _difference(facts, name, "call init() with the same arguments on all ranks")
         if text:
             return Verdict(False, "", ValueError(text))
+    if len({fact.debug for fact in facts}) > 1:
+        on = [rank for rank, fact in enumerate(facts) if fact.debug]
+        text = (
+            f"{debug.VARIABLE}: the same on all ranks is required; got it set on ranks {on} of "
+            f"{len(facts)}; set it on all ranks or on none"
+        )
+        return Verdict(False, "", WorkspaceError(text))
     reason = _why_not_fused(facts, access)
     if reason:
         return Verdict(False, reason)
@@ -218,7 +226,12 @@ def _own_facts(me: Group, arguments: dict[str, Any]) -> Facts:
         name: value if isinstance(value, int | float) else str(value)
         for name, value in arguments.items()
     }
-    facts: dict[str, Any] = {"version": build["version"], "protocol": build["protocol"], **said}
+    facts: dict[str, Any] = {
+        "version": build["version"],
+        "protocol": build["protocol"],
+        "debug": debug.is_on(),
+        **said,
+    }
     wrong = _argument_error(**arguments)
     if wrong is not None:
         return Facts(**facts, error=str(wrong), error_type=type(wrong).__name__)
@@ -304,6 +317,7 @@ class Workspace:
         self.inbox_bytes: int = native.inbox_bytes if native is not None else 0
         self.generation = 0
         self.timeout_s = timeout_s
+        self.debug = debug.is_on()  # on all ranks or on none: verdict()
         self._device = device
         self.rules = tuple(rules)  # the launch plan, for explain()
         self._native = native
@@ -332,7 +346,8 @@ class Workspace:
         """Raises PeerTimeoutError when a call has failed. Does not wait for queued calls.
 
         Where GEMMA_AR_NORM_DEBUG=1 was set when the workspace was made, also WorkspaceError when
-        two calls of it ran at the same time, which streams and graphs must not let happen.
+        two calls of it ran at the same time, which streams and graphs must not let happen, or when
+        the ranks' calls were not alike: it says which rank's differ in what.
         """
         if self.closed or self._native is None:
             return
@@ -342,6 +357,9 @@ class Workspace:
                 "got two that ran at the same time; order the replays of graphs that were captured "
                 "with it"
             )
+        calls = self._native.disagreement()
+        if calls is not None:
+            raise WorkspaceError(debug.difference([debug.summary_of_words(c) for c in calls]))
         failure = self._native.failure()
         if failure is not None:
             peer, call, row = failure
@@ -565,7 +583,7 @@ def _make_native(
     inbox_bytes = _C.inbox_bytes(ranks, one_shot_rows, max_rows, row_bytes)
     timeout_ns = max(1, int(arguments["timeout_s"] * NANOSECONDS))
     numbers = [rule.numbers for rule in rules]
-    return _C.Workspace(device, rank, ranks, inbox_bytes, timeout_ns, numbers)
+    return _C.Workspace(device, rank, ranks, inbox_bytes, timeout_ns, numbers, debug.is_on())
 
 
 def _allocate(

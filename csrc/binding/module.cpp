@@ -57,7 +57,7 @@ py::dict describe(const LaunchShape& shape) {
 }
 
 // Bumped whenever two builds could not talk to each other: the layout of the inbox or the protocol.
-constexpr int kProtocol = 2;
+constexpr int kProtocol = 3;
 
 }  // namespace
 
@@ -115,14 +115,14 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Workspace, std::shared_ptr<Workspace>>(m, "Workspace")
       .def(py::init([](int device, uint32_t rank, uint32_t ranks, uint64_t bytes,
-                       uint64_t timeout_ns, const std::vector<RuleTuple>& rules) {
+                       uint64_t timeout_ns, const std::vector<RuleTuple>& rules, bool debug) {
              std::vector<PlanRule> plan = rules_of(rules);
              py::gil_scoped_release release;
              return std::make_shared<Workspace>(device, rank, ranks, bytes, timeout_ns,
-                                                std::move(plan));
+                                                std::move(plan), debug);
            }),
            py::arg("device"), py::arg("rank"), py::arg("ranks"), py::arg("inbox_bytes"),
-           py::arg("timeout_ns"), py::arg("rules"))
+           py::arg("timeout_ns"), py::arg("rules"), py::arg("debug") = false)
       .def("ipc_handle", [](const Workspace& w) { return py::bytes(w.ipc_handle()); })
       .def("open_peers",
            [](Workspace& w, const std::vector<py::bytes>& handles) {
@@ -144,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
              return py::make_tuple(record->peer, record->call, record->row);
            })
       .def("has_overlapped", &Workspace::has_overlapped)
+      .def("disagreement", &Workspace::disagreement)
       .def("close", &Workspace::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", &Workspace::rank)
       .def_property_readonly("ranks", &Workspace::ranks)

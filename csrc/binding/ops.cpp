@@ -213,6 +213,11 @@ void throw_if_failed(const Workspace& workspace) {
         "time; "
         "order the replays of graphs that were captured with it");
   }
+  if (workspace.disagreement()) {
+    throw std::runtime_error(
+        "WorkspaceError: the same call on all ranks is required; got calls that differ; "
+        "gemma_ar_norm.check() says in what; close() the workspace and init() a new one");
+  }
   const auto record = workspace.failure();
   if (!record) return;
   throw std::runtime_error(
@@ -248,15 +253,21 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
   call.arguments.algorithm = algorithm_named(algorithm);
   require(call.arguments.algorithm || unfused || algorithm == "auto",
           "algorithm: 'auto', 'one_shot', 'two_shot' or 'unfused' is required; got another");
-  // Without rows there is nothing to do, on any rank: the protocol counts no such call.
-  if (call.arguments.rows == 0) return;
+  const bool has_rows = call.arguments.rows != 0;
   const int32_t device = x.get_device_index();
   if (group_name.empty() && !call.arguments.algorithm) {  // one rank
-    run_local(device, call.arguments, current_stream(device));
+    if (has_rows) run_local(device, call.arguments, current_stream(device));
     return;
   }
-  const std::shared_ptr<Workspace> workspace = unfused ? nullptr : find_workspace(group_name);
-  if (workspace == nullptr) {
+  const std::shared_ptr<Workspace> workspace = find_workspace(group_name);
+  if (workspace != nullptr && workspace->is_debug_mode() && (unfused || !has_rows)) {
+    throw_if_failed(*workspace);
+    workspace->announce(call.arguments, unfused, current_stream(device));
+    if (unfused) throw_if_failed(*workspace);
+  }
+  // Without rows there is nothing to do, on any rank: the protocol counts no such call.
+  if (!has_rows) return;
+  if (workspace == nullptr || unfused) {
     call_slow_path(x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
                    norm_out, residual_out);
     return;

@@ -30,6 +30,13 @@ namespace gan {
 
 GAN_DEVICE InboxHeader* header_of(uint8_t* inbox) { return reinterpret_cast<InboxHeader*>(inbox); }
 
+// So that this rank's later calls neither push nor wait. Ordered before the next call by the end of
+// this kernel. The numbers advance as ever.
+GAN_DEVICE void break_later_calls(InboxHeader* own) {
+#pragma unroll 1
+  for (uint32_t i = 0; i < kMaxBlocks; ++i) store_relaxed_gpu(&own->call[i].failed, 1u);
+}
+
 // Reports that `record.peer` is missing: to every peer, so that all fail together and name the same
 // rank, to the host, and to this rank's later calls. The first thread of the rank to come here does
 // it.
@@ -44,9 +51,7 @@ GAN_DEVICE void report_failure(const ExchangeParams& exchange, uint64_t record) 
     store_relaxed_sys(&header_of(exchange.peer_inbox[r])->board[exchange.rank], record);
   }
   store_relaxed_sys(exchange.host_failure, record);
-  // Ordered before the next call by the end of this kernel. The numbers advance as ever.
-#pragma unroll 1
-  for (uint32_t i = 0; i < kMaxBlocks; ++i) store_relaxed_gpu(&own->call[i].failed, 1u);
+  break_later_calls(own);
 }
 
 // What a thread waits for: a pack in each of some areas, at an offset.

@@ -1,8 +1,8 @@
 // The layout of an inbox: the memory of a rank that its peers write. Total bytes and every address
 // come from here, on the host and on the GPU; no other file knows an offset.
 //
-//   kHeaderBytes  InboxHeader: error board, farewells, failure claim, calls in use, copies of the
-//                 call number
+//   kHeaderBytes  InboxHeader: error board, farewells, failure claim, copies of the call number,
+//                 what debug mode needs
 //   stage_bytes   stage 0: an area for each peer
 //   stage_bytes   stage 1: the same
 //
@@ -26,6 +26,8 @@
 
 namespace gan {
 
+inline constexpr uint64_t kStages = 2;
+
 // A call's number, one copy for each block of a launch, and whether a call of this rank has failed.
 struct CallCopy {
   uint32_t number;
@@ -38,13 +40,15 @@ struct InboxHeader {
   uint64_t farewell[kMaxRanks];  // [r]: not 0 once rank r, closing, has stopped using this inbox
                                  // (host only)
   uint32_t failure_claim;        // 1 once a thread of this rank has taken on reporting the failure
-  uint32_t in_use;               // debug mode: calls of this rank that run now
-  uint32_t padding[30];
+  uint32_t padding[31];
   CallCopy call[kMaxBlocks];
+  // Debug mode (debug_mode.cuh):
+  uint32_t in_use;                                  // calls of this rank that run now
+  uint32_t turn;                                    // how many of its calls have been announced
+  uint64_t calls[kStages][kMaxRanks][kCallFields];  // [.][r]: what rank r is about to call
 };
 inline constexpr uint64_t kHeaderBytes = 8192;
 static_assert(sizeof(InboxHeader) <= kHeaderBytes);
-inline constexpr uint64_t kStages = 2;
 inline constexpr uint64_t kAreaAlignment = 256;
 // A smaller cudaMalloc shares its 2 MiB page with other allocations, and IPC would export those
 // too.

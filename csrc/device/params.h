@@ -60,7 +60,7 @@ struct ExchangeParams {
   uint32_t timeout_ticks;      // how long a call may wait for peers
   uint32_t owner_grace_ticks;  // how much longer for one that may be waiting for another itself
   uint64_t* host_failure;      // pinned host memory: a FailureRecord's bits once a call has failed
-  uint8_t* peer_inbox[kMaxRanks];  // [r]: rank r's inbox
+  uint8_t* peer_inbox[kMaxRanks];  // [r]: rank r's inbox; beyond the last rank the own one
 };
 
 // What two-shot needs besides. The kernel could compute it, but has no registers to keep it in.
@@ -77,6 +77,38 @@ struct FusedParams {
   Trigger trigger;
   ExchangeParams exchange;
   TwoShotParams two_shot;
+};
+
+// What all ranks must have alike in a call. In debug mode they tell each other, each field as a
+// word.
+enum CallField : uint32_t {
+  kFieldRows,
+  kFieldHidden,
+  kFieldDType,
+  kFieldForm,         // 0 plain, 1 residual, 2 sandwich
+  kFieldAlgorithm,    // that was asked for: 0 none, else 1 + the Algorithm; kUnfusedCall
+  kFieldWeightDType,  // not 0: fp32 although T is not
+  kFieldEps,          // the float's bits
+  kFieldWeightBias,   // the same
+  kCallFields,
+};
+inline constexpr uint32_t kUnfusedCall = UINT32_MAX;
+struct CallSummary {
+  uint32_t at[kCallFields];
+};
+
+// In pinned host memory: what debug mode has found. calls[r][f]: rank r's field in the lower half.
+struct DebugReport {
+  uint64_t overlap;  // not 0: two calls of this rank ran at the same time
+  uint64_t differs;  // not 0: the ranks' calls were not alike, and are in `calls`
+  uint64_t calls[kMaxRanks][kCallFields];
+};
+
+// Of enter_call.
+struct DebugParams {
+  ExchangeParams exchange;
+  CallSummary call;
+  DebugReport* report;
 };
 
 struct LocalNormParams {

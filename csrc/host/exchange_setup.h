@@ -49,6 +49,7 @@ inline ExchangeParams exchange_params(const InboxLayout& layout, uint32_t rank,
   exchange.timeout_ticks = timeout_ticks;
   exchange.owner_grace_ticks = owner_grace_of(timeout_ticks);
   exchange.host_failure = host_failure;
+  std::fill_n(exchange.peer_inbox, kMaxRanks, inboxes[rank]);
   std::copy(inboxes.begin(), inboxes.end(), exchange.peer_inbox);
   return exchange;
 }

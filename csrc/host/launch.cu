@@ -1,4 +1,4 @@
-#include "device/in_use.cuh"
+#include "device/debug_mode.cuh"
 #include "device/inbox.h"
 #include "device/pack.cuh"
 #include "device/row_norm.cuh"
@@ -66,8 +66,8 @@ cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const 
   });
 }
 
-cudaError_t launch_enter_call(uint8_t* inbox, uint64_t* host_overlap, cudaStream_t stream) {
-  enter_call<<<1, 1, 0, stream>>>(inbox, host_overlap);
+cudaError_t launch_enter_call(uint32_t ranks, const DebugParams& params, cudaStream_t stream) {
+  enter_call<<<1, ranks * kCallFields, 0, stream>>>(params);
   return cudaGetLastError();
 }
 

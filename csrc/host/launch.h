@@ -12,9 +12,8 @@ cudaError_t launch_fused(DType dtype, uint32_t ranks, const FusedParams& params,
 cudaError_t launch_local_norm(DType dtype, const LocalNormParams& params, const LaunchShape& shape,
                               cudaStream_t stream);
 
-// Debug mode: before and behind a call's kernels. *host_overlap, pinned, becomes 1 where another
-// call with this inbox runs then.
-cudaError_t launch_enter_call(uint8_t* inbox, uint64_t* host_overlap, cudaStream_t stream);
+// Debug mode: before and behind a call's kernels.
+cudaError_t launch_enter_call(uint32_t ranks, const DebugParams& params, cudaStream_t stream);
 cudaError_t launch_leave_call(uint8_t* inbox, cudaStream_t stream);
 
 // Has the current device load all kernels of so many ranks (1: the local kernels). Loading at the

@@ -1,7 +1,6 @@
 #include "host/workspace.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <list>
 #include <mutex>
@@ -86,22 +85,19 @@ Registry& registry() {
   return *instance;
 }
 
-std::shared_ptr<uint64_t> pinned_word() {
+// Host memory that kernels write, zeros.
+template <class T>
+std::shared_ptr<T> pinned() {
   OutsideCapture outside;
   void* memory = nullptr;
-  check_cuda(cudaHostAlloc(&memory, sizeof(uint64_t), cudaHostAllocPortable | cudaHostAllocMapped),
+  check_cuda(cudaHostAlloc(&memory, sizeof(T), cudaHostAllocPortable | cudaHostAllocMapped),
              "workspace: pinned host memory is required");
-  std::memset(memory, 0, sizeof(uint64_t));
-  return {static_cast<uint64_t*>(memory), [](uint64_t* word) {
+  std::memset(memory, 0, sizeof(T));
+  return {static_cast<T*>(memory), [](T* object) {
             OutsideCapture outside;
-            cudaFreeHost(word);
+            cudaFreeHost(object);
             cudaGetLastError();
           }};
-}
-
-bool is_debug_mode() {
-  const char* value = std::getenv("GEMMA_AR_NORM_DEBUG");
-  return value != nullptr && *value != 0 && std::strcmp(value, "0") != 0;
 }
 
 uint32_t row_packs_of(const CallArguments& call) { return call.row.row_packs; }
@@ -133,7 +129,7 @@ RowParams rows_from(const CallArguments& call, uint64_t first, uint64_t rows,
 // ---- a workspace's life ----
 
 Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_bytes,
-                     uint64_t timeout_ns, std::vector<PlanRule> rules)
+                     uint64_t timeout_ns, std::vector<PlanRule> rules, bool debug)
     : device_(device),
       rank_(rank),
       ranks_(ranks),
@@ -156,8 +152,8 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
   DeviceScope scope(device);
   check_cuda(preload_kernels(ranks), "kernels: a GPU that this build has code for is required");
   inbox_ = std::make_shared<DeviceInbox>(device, inbox_bytes);
-  host_failure_ = pinned_word();
-  if (is_debug_mode()) host_overlap_ = pinned_word();
+  host_failure_ = pinned<uint64_t>();
+  if (debug) debug_report_ = pinned<DebugReport>();
   mapped_.assign(ranks, nullptr);
 }
 
@@ -297,7 +293,19 @@ std::optional<FailureRecord> Workspace::failure() const {
 }
 
 bool Workspace::has_overlapped() const {
-  return host_overlap_ != nullptr && __atomic_load_n(host_overlap_.get(), __ATOMIC_RELAXED) != 0;
+  return is_debug_mode() && __atomic_load_n(&debug_report_->overlap, __ATOMIC_RELAXED) != 0;
+}
+
+std::optional<CallSummaries> Workspace::disagreement() const {
+  // Pairs with the fence of enter_call.
+  if (!is_debug_mode() || __atomic_load_n(&debug_report_->differs, __ATOMIC_ACQUIRE) == 0)
+    return std::nullopt;
+  CallSummaries calls(ranks_);
+  for (uint32_t r = 0; r < ranks_; ++r) {
+    for (uint32_t f = 0; f < kCallFields; ++f)
+      calls[r][f] = static_cast<uint32_t>(debug_report_->calls[r][f]);
+  }
+  return calls;
 }
 
 static bool is_capturing(cudaStream_t stream) {
@@ -325,7 +333,8 @@ void Workspace::order_after_other_streams(cudaStream_t stream) {
   check_cuda(cudaStreamWaitEvent(stream, last_call_.get()), "stream: a usable one is required");
 }
 
-void Workspace::run(const CallArguments& call, cudaStream_t stream) {
+template <class Queue>
+void Workspace::queue_in_order(cudaStream_t stream, const Queue& queue) {
   const std::lock_guard<std::mutex> lock(call_mutex_);
   if (!connected_ || closed_) {
     throw std::runtime_error(
@@ -336,6 +345,17 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   const bool has_order = last_stream_ == stream && last_call_ == nullptr;
   const bool eager = !has_order && !is_capturing(stream);
   if (eager) order_after_other_streams(stream);
+  queue();
+  if (!eager) return;
+  last_stream_ = stream;
+  if (last_call_ != nullptr) {
+    check_cuda(cudaEventRecord(last_call_.get(), stream), "stream: a usable one is required");
+  }
+}
+
+static constexpr const char* kStarts = "launch: a kernel that starts is required";
+
+void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   const auto launch_of = [&](uint64_t rows) {
     return next_launch(rules_, layout_, rows, row_packs_of(call), call.algorithm);
   };
@@ -346,26 +366,61 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
                              std::to_string(layout_.area_bytes) +
                              "; call init() with a larger hidden_size or max_rows");
   }
-  constexpr const char* kStarts = "launch: a kernel that starts is required";
-  if (host_overlap_ != nullptr)
-    check_cuda(launch_enter_call(inbox_->data(), host_overlap_.get(), stream), kStarts);
-  for (uint64_t first = 0;;) {
-    const LaunchShape shape = next.shape(row_packs_of(call));
-    const RowParams part = rows_from(call, first, next.rows, shape);
-    const FusedParams params{
-        part, shape.trigger, exchange_,
-        two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
-    check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
-    first += next.rows;
-    if (first >= call.rows) break;
-    next = launch_of(call.rows - first);
-  }
-  if (host_overlap_ != nullptr) check_cuda(launch_leave_call(inbox_->data(), stream), kStarts);
-  if (!eager) return;
-  last_stream_ = stream;
-  if (last_call_ != nullptr) {
-    check_cuda(cudaEventRecord(last_call_.get(), stream), "stream: a usable one is required");
-  }
+  queue_in_order(stream, [&] {
+    if (is_debug_mode()) enter_call(call, false, stream);
+    for (uint64_t first = 0;;) {
+      const LaunchShape shape = next.shape(row_packs_of(call));
+      const RowParams part = rows_from(call, first, next.rows, shape);
+      const FusedParams params{
+          part, shape.trigger, exchange_,
+          two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
+      check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
+      first += next.rows;
+      if (first >= call.rows) break;
+      next = launch_of(call.rows - first);
+    }
+    if (is_debug_mode()) leave_call(stream);
+  });
+}
+
+// ---- debug mode ----
+
+static CallSummary summary_of(const CallArguments& call, bool unfused) {
+  const auto bits = [](float value) {
+    uint32_t word;
+    std::memcpy(&word, &value, sizeof(word));
+    return word;
+  };
+  CallSummary summary;
+  summary.at[kFieldRows] = static_cast<uint32_t>(std::min<uint64_t>(call.rows, UINT32_MAX));
+  summary.at[kFieldHidden] = static_cast<uint32_t>(call.row.hidden);
+  summary.at[kFieldDType] = static_cast<uint32_t>(call.dtype);
+  summary.at[kFieldForm] = (call.row.residual != nullptr) + (call.row.post_weight != nullptr);
+  summary.at[kFieldAlgorithm] = unfused          ? kUnfusedCall
+                                : call.algorithm ? 1 + static_cast<uint32_t>(*call.algorithm)
+                                                 : 0;
+  summary.at[kFieldWeightDType] = call.row.weights_fp32;
+  summary.at[kFieldEps] = bits(call.row.eps);
+  summary.at[kFieldWeightBias] = bits(call.row.weight_bias);
+  return summary;
+}
+
+void Workspace::enter_call(const CallArguments& call, bool unfused, cudaStream_t stream) {
+  const DebugParams params{exchange_, summary_of(call, unfused), debug_report_.get()};
+  check_cuda(launch_enter_call(ranks_, params, stream), kStarts);
+}
+
+void Workspace::leave_call(cudaStream_t stream) {
+  check_cuda(launch_leave_call(inbox_->data(), stream), kStarts);
+}
+
+void Workspace::announce(const CallArguments& call, bool unfused, cudaStream_t stream) {
+  queue_in_order(stream, [&] {
+    enter_call(call, unfused, stream);
+    leave_call(stream);
+  });
+  if (unfused && !is_capturing(stream))
+    check_cuda(cudaStreamSynchronize(stream), "stream: a usable one is required");
 }
 
 // Of the local kernels: small launches let the next one start early, large ones take whole SMs, as

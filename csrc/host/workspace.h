@@ -3,6 +3,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -27,14 +28,17 @@ struct CallArguments {
   std::optional<Algorithm> algorithm;  // none: the plan's
 };
 
+// Debug mode: what every rank was about to call, by rank.
+using CallSummaries = std::vector<std::array<uint32_t, kCallFields>>;
+
 class DeviceInbox;
 
 class GAN_API Workspace {
  public:
   // Allocates and empties the inbox on `device`, and loads the kernels. Throws std::runtime_error
-  // in words.
+  // in words. debug: on all ranks or on none.
   Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_bytes, uint64_t timeout_ns,
-            std::vector<PlanRule> rules);
+            std::vector<PlanRule> rules, bool debug = false);
   ~Workspace();
   Workspace(const Workspace&) = delete;
   Workspace& operator=(const Workspace&) = delete;
@@ -52,9 +56,14 @@ class GAN_API Workspace {
 
   // Whom the first failed call missed.
   std::optional<FailureRecord> failure() const;
-  // Debug mode (GEMMA_AR_NORM_DEBUG=1 when the workspace was made): whether two calls ran at the
-  // same time.
+  bool is_debug_mode() const { return debug_report_ != nullptr; }
+  // Debug mode: compares with the peers' a call that run() does not get: one without rows, or an
+  // unfused one. Of the latter it waits for what comes of that, outside of a graph capture.
+  void announce(const CallArguments& call, bool unfused, cudaStream_t stream);
+  // Debug mode: whether two calls ran at the same time.
   bool has_overlapped() const;
+  // Debug mode: what the ranks were about to call, when that was not alike.
+  std::optional<CallSummaries> disagreement() const;
   // Unmaps the peers' inboxes, which have never been used, without a farewell. When all ranks have
   // done so, close() frees the own one at once.
   void disconnect();
@@ -71,7 +80,12 @@ class GAN_API Workspace {
  private:
   void connect(const std::vector<uint8_t*>& inboxes);
   void unmap_peers(bool say_farewell);
+  // In the order of calls: a call of ours is what `queue` puts on the stream.
+  template <class Queue>
+  void queue_in_order(cudaStream_t stream, const Queue& queue);
   void order_after_other_streams(cudaStream_t stream);
+  void enter_call(const CallArguments& call, bool unfused, cudaStream_t stream);
+  void leave_call(cudaStream_t stream);
 
   int device_;
   uint32_t rank_, ranks_;
@@ -84,7 +98,7 @@ class GAN_API Workspace {
   std::vector<std::shared_ptr<DeviceInbox>> local_inboxes_;  // of connect_local
   std::vector<uint8_t*> mapped_;            // of open_peers, by rank; null where nothing is mapped
   std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
-  std::shared_ptr<uint64_t> host_overlap_;  // the same, in debug mode; else null
+  std::shared_ptr<DebugReport> debug_report_;  // the same, in debug mode; else null
   bool connected_ = false, closed_ = false;
 
   std::mutex call_mutex_;  // held while a call is queued

@@ -64,13 +64,14 @@ class FakeNative:
 
 
 class FakeWorkspace:
-    def __init__(self, native, device, rank, ranks, inbox_bytes, timeout_ns, rules) -> None:
+    def __init__(self, native, device, rank, ranks, inbox_bytes, timeout_ns, rules, debug=False):
         self.native, self.rank, self.inbox_bytes = native, rank, inbox_bytes
-        self.timeout_ns, self.rules = timeout_ns, rules
+        self.timeout_ns, self.rules, self.debug = timeout_ns, rules, debug
         self.closed = False
         self.peers: list[bytes] = []
         self.failed: tuple[int, int, int] | None = None
         self.overlapped = False
+        self.calls: list[list[int]] | None = None  # of all ranks, where they differ
         self.disconnected = False
 
     def ipc_handle(self) -> bytes:
@@ -94,6 +95,9 @@ class FakeWorkspace:
 
     def has_overlapped(self) -> bool:
         return self.overlapped
+
+    def disagreement(self) -> list[list[int]] | None:
+        return self.calls
 
     def close(self) -> None:
         assert not self.closed, "closed twice"

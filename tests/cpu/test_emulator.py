@@ -32,7 +32,7 @@ from planted_bugs import BUGS  # noqa: E402
 PROCESSES = os.cpu_count() or 1
 SEED = int(os.environ.get("GAN_EMULATOR_SEED") or checks.fresh_seed())
 
-STAGES = ("fuzz", "weak", "strict", "tsan", "asan", "full", "faults", "explore")
+STAGES = ("fuzz", "weak", "strict", "tsan", "asan", "full", "faults", "debug", "explore")
 
 # What must be among the launches and the cases of a stage, in hundredths.
 SHARES = {
@@ -67,6 +67,11 @@ SHARES_OF_STAGE = {
         "cases of weak memory": 40,
         "cases where another rank is late": 2,
         "recoveries": 25,
+    },
+    "debug": {
+        **SHARES,
+        "cases where a rank announces another call": 20,
+        "cases where a rank never comes": 20,
     },
 }
 LEAST_LARGE_GRIDS = 5  # of fuzz

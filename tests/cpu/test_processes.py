@@ -192,6 +192,46 @@ def compiled_once_for_all_numbers_of_rows(me: Me) -> None:
     assert counter.frame_count == 1
 
 
+# -------------------------------------------------------------------------------------- debug mode
+
+
+DIFFERENCES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "rows 4 on": lambda a: {**a, "x": a["x"][:3], "residual": a["residual"][:3]},
+    "hidden 640 on": lambda a: {
+        **a,
+        "x": a["x"][:, :632],
+        "residual": a["residual"][:, :632],
+        "weight": a["weight"][:632],
+    },
+    "x.dtype bfloat16 on": lambda a: {
+        name: value.half() if isinstance(value, torch.Tensor) else value
+        for name, value in a.items()
+    },
+    "form residual on": lambda a: {**a, "residual": None},
+    "algorithm auto on": lambda a: {**a, "algorithm": "unfused"},
+    "weight.dtype bfloat16 on": lambda a: {**a, "weight": a["weight"].float()},
+    "eps 1e-06 on": lambda a: {**a, "eps": 1e-5},
+    "weight_bias 1.0 on": lambda a: {**a, "weight_bias": 0.0},
+}
+
+
+@case
+def debug_mode_names_what_differs(me: Me) -> None:
+    """On the CPU path. On every rank, in that call, and the next call is right."""
+    last = me.world - 1
+    with mock.patch.dict(os.environ, GEMMA_AR_NORM_DEBUG="1"):
+        for what, change in DIFFERENCES.items():
+            made = me.case(4)
+            arguments = {"x": made.xs[me.rank], "weight": made.weight, "residual": made.residual}
+            if me.rank == last:
+                arguments = change(arguments)
+            with pytest.raises(WorkspaceError, match="the same on all ranks") as raised:
+                call(arguments.pop("x"), **arguments)
+            assert what in str(raised.value)
+            assert f"on rank {last}" in str(raised.value)
+            assert_result(call(made.xs[me.rank], made.weight, **made.options), made)
+
+
 # ------------------------------------------------------------------------------------ the slow path
 
 

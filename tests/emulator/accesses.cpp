@@ -263,16 +263,33 @@ void modelled_store(void* word, uint32_t bytes, uint64_t value) {
   std::memcpy(word, &value, bytes);
 }
 
+// An atomic operation reads the newest value.
+static uint32_t read_newest(World::State& world, uint32_t number, const uint32_t* word) {
+  Thread& thread = *world.current;
+  world.memory_model.load_newest({thread.clock, thread.rank(), thread.acquired}, number, *word);
+  return *word;
+}
+static void write_over(World::State& world, uint32_t number, uint32_t* word, uint32_t value) {
+  Thread& thread = *world.current;
+  world.memory_model.store(thread.clock, number, *word,
+                           {value, thread.rank(), &thread.released, true});
+  *word = value;
+}
 bool modelled_claim(uint32_t* word) {
   const Quiet quiet;
   World::State& world = *running;
-  Thread& thread = *world.current;
   const uint32_t number = word_number(world, word);
-  world.memory_model.load_newest({thread.clock, thread.rank(), thread.acquired}, number, *word);
-  if (*word != 0) return false;
-  world.memory_model.store(thread.clock, number, *word, {1, thread.rank(), &thread.released, true});
-  *word = 1;
+  if (read_newest(world, number, word) != 0) return false;
+  write_over(world, number, word, 1);
   return true;
+}
+uint32_t modelled_add(uint32_t* word, uint32_t value) {
+  const Quiet quiet;
+  World::State& world = *running;
+  const uint32_t number = word_number(world, word);
+  const uint32_t before = read_newest(world, number, word);
+  write_over(world, number, word, before + value);
+  return before;
 }
 
 void fence(Scope scope) {

@@ -115,6 +115,14 @@ inline bool claim_once(uint32_t* word, emulator::Site site = emulator::Site::her
                                      __ATOMIC_RELAXED);
 }
 
+inline uint32_t add_gpu(uint32_t* word, uint32_t value,
+                        emulator::Site site = emulator::Site::here()) {
+  const emulator::Handling handling = emulator::begin_access(
+      emulator::Access::kReadModifyWrite, emulator::Scope::kGpu, word, 1, 4, site);
+  if (handling.modelled) return emulator::modelled_add(word, value);
+  return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+}
+
 inline void fence_sys() { emulator::fence(emulator::Scope::kSystem); }
 inline void fence_gpu() { emulator::fence(emulator::Scope::kGpu); }
 inline uint64_t clock_ns() { return emulator::read_clock(); }

@@ -148,7 +148,7 @@ enum class Scope : uint8_t { kGpu, kSystem };
 // How an access is to be made.
 struct Handling {
   bool torn;      // word after word as next_word says
-  bool modelled;  // by modelled_load, modelled_store and modelled_claim
+  bool modelled;  // by the modelled_ functions
 };
 // Before each access. Others may run first.
 Handling begin_access(Access access, Scope scope, const void* address, uint32_t words,
@@ -159,6 +159,7 @@ uint32_t next_word(uint32_t done);
 uint64_t modelled_load(const void* word, uint32_t bytes);
 void modelled_store(void* word, uint32_t bytes, uint64_t value);
 bool modelled_claim(uint32_t* word);
+uint32_t modelled_add(uint32_t* word, uint32_t value);
 
 void fence(Scope scope);
 uint64_t read_clock();

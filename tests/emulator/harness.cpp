@@ -80,6 +80,16 @@ void Harness::launch(emulator::World& world, emulator::Launch launch,
   world.launch(launch, std::move(kernel));
 }
 
+void Harness::queue_block(emulator::World& world, uint32_t rank, uint32_t stream, uint32_t threads,
+                          std::function<void()> kernel) {
+  emulator::Launch launch;
+  launch.rank = rank;
+  launch.stream = stream;
+  launch.blocks = 1;
+  launch.threads = threads;
+  this->launch(world, launch, std::move(kernel));
+}
+
 RowParams Harness::row_params(uint32_t rank, const Call& call, const CallLaunch& launch) const {
   const uint64_t offset = launch.first_row * row_bytes_of(call);
   const auto buffer = [&](uint32_t number) -> uint8_t* {
@@ -134,10 +144,8 @@ void Harness::queue_all(emulator::World& world) {
 
 // As whoever replays a graph does in stream order: takes the results away, brings new inputs.
 void Harness::queue_change_of_repeat(emulator::World& world, uint32_t rank, uint32_t repeat) {
-  emulator::Launch launch;
-  launch.rank = rank;
-  launch.stream = last_stream_[rank];
-  this->launch(world, launch, [this, rank, repeat] { change_repeat(rank, repeat); });
+  queue_block(world, rank, last_stream_[rank], emulator::Launch{}.threads,
+              [this, rank, repeat] { change_repeat(rank, repeat); });
 }
 
 void Harness::change_repeat(uint32_t rank, uint32_t repeat) {

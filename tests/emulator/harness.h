@@ -7,6 +7,7 @@
 //   - no rank has reported a failure;
 //   - nothing was written beyond any memory.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -48,6 +49,10 @@ class Harness {
   // One call on one rank, in the order of the rank's calls.
   void queue(emulator::World& world, uint32_t rank, const Call& call);
 
+  // A kernel on one block, in the order of the rank's calls.
+  void queue_block(emulator::World& world, uint32_t rank, uint32_t stream, uint32_t threads,
+                   std::function<void()> kernel);
+
   // After a run without failures: empty, or what is wrong.
   std::string wrong() const;
 
@@ -60,6 +65,7 @@ class Harness {
   uint32_t ranks() const { return case_.ranks; }
   const RankMemory& memory(uint32_t rank) const { return memory_[rank]; }
   const InboxLayout& layout() const { return layout_; }
+  const ExchangeParams& exchange(uint32_t rank) const { return exchange_[rank]; }
   // What the contract says of the buffers at the end of a repeat.
   const Contents& expected(uint32_t repeat) const { return expected_[repeat]; }
 

@@ -70,6 +70,12 @@ inline std::function<void()> bind_local_norm(const KernelCall& c) {
   });
 }
 
+struct DebugKernels {
+  void (*enter_call)(DebugParams);
+  void (*leave_call)(uint8_t*);
+};
+DebugKernels debug_kernels();
+
 inline constexpr Kernel kKernels[] = {
     {"one_shot", Algorithm::kOneShot, bind_fused},
     {"two_shot", Algorithm::kTwoShot, bind_fused},

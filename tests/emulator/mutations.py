@@ -28,6 +28,7 @@ CASES = {
     "weak": 40,
     "strict": 40,
     "faults": 300,
+    "debug": 60,
     "explore": 3,  # of two ranks, without early start
     "tsan": 90,
     "asan": 60,

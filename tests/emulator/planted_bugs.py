@@ -41,7 +41,7 @@ def bug(name: str, file: str, old: str, new: str, caught_by: str = "fuzz", dtype
 
 
 EXCHANGE, INBOX, PACK, ROW_NORM = "exchange.cuh", "inbox.h", "pack.cuh", "row_norm.cuh"
-ONE_SHOT, TWO_SHOT = "one_shot.cuh", "two_shot.cuh"
+ONE_SHOT, TWO_SHOT, DEBUG_MODE = "one_shot.cuh", "two_shot.cuh", "debug_mode.cuh"
 # Of one_shot.
 CLEAR = "if (norm.in_row(j) && !call.broken) clear_all<kRanks>(exchange, offset);"
 BEGIN = "  Call call = begin_call(exchange);\n"
@@ -623,8 +623,44 @@ BUGS = (
         base=3000,
         times=4,
     ),
+    # ---- debug mode ----
+    bug(
+        "debug mode: one place for the words of all turns",
+        DEBUG_MODE,
+        "place = turn % kStages;",
+        "place = 0 * turn;",
+        "debug",
+    ),
+    bug(
+        "debug mode: a word of an earlier turn counts",
+        DEBUG_MODE,
+        "return static_cast<uint32_t>(word >> 32) == turn;",
+        "return (word >> 32) != 0 * turn;",
+        "debug",
+    ),
+    bug(
+        "debug mode: no difference is seen",
+        DEBUG_MODE,
+        "is_of_turn(theirs, turn) && theirs != mine;",
+        "false;",
+        "debug",
+    ),
+    bug(
+        "debug mode: calls that differ are made",
+        DEBUG_MODE,
+        "  break_later_calls(own);\n",
+        "",
+        "debug",
+    ),
+    bug(
+        "debug mode: the report of one who does not come names who waits",
+        DEBUG_MODE,
+        "FailureRecord{rank, 0,",
+        "FailureRecord{exchange.rank, 0,",
+        "debug",
+    ),
 )
 
 # What each of these stages must pass: the kernels as they are, built in the same way. Not explore,
 # which would take as long as all others; test_stage asks it of the whole build.
-CONTROL = Bug("no bug", (), ("fuzz", "weak", "strict", "faults", "tsan", "asan", "full"))
+CONTROL = Bug("no bug", (), ("fuzz", "weak", "strict", "faults", "debug", "tsan", "asan", "full"))

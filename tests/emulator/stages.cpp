@@ -135,6 +135,8 @@ const std::vector<Stage>& stages() {
        run_full},
       {"faults", "ranks that never come, are late or stop", "plain", 400, weak_limits(),
        run_fault_case},
+      {"debug", "debug mode, with ranks that call otherwise or not at all", "plain", 200,
+       weak_limits(), run_debug_case},
       {"explore",
        "every order of accesses, in small cases",
        "plain",

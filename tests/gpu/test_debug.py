@@ -1,4 +1,7 @@
-"""Debug mode: calls of a workspace that run at the same time are found, and others are not."""
+"""Debug mode: calls that run at the same time, and ranks that disagree, are found; others are not.
+
+By processes: worker.py, calls_that_differ_in_debug_mode.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 import gemma_ar_norm
-from gemma_ar_norm import WorkspaceError
+from gemma_ar_norm import PeerTimeoutError, WorkspaceError
 
 DEVICE = "cuda"
 
@@ -71,3 +74,40 @@ def test_calls_in_order_are_not(group):
     for got in out:
         for one, want in zip(got, expected, strict=True):
             checks.assert_bit_equal(one, want, "after calls from two streams")
+
+
+def test_replays_that_differ_are_found(group):
+    """Graphs of other numbers of rows, replayed at the same time, after replays that were alike."""
+    made = {rows: checks.make_case(2, rows, 640, torch.bfloat16, device=DEVICE) for rows in (4, 3)}
+    graphs = {rows: [captured_call(case, rank) for rank in group] for rows, case in made.items()}
+
+    def replay(*rows_of_rank):
+        torch.cuda.synchronize()
+        for rank, rows in zip(group, rows_of_rank, strict=True):
+            with torch.cuda.stream(rank.stream):
+                graphs[rows][rank.rank].replay()
+
+    replay(4, 4)
+    replay(3, 3)
+    group.synchronize()
+    replay(4, 3)
+    replay(4, 4)  # does nothing
+    torch.cuda.synchronize()
+    for rank in group:
+        with pytest.raises(WorkspaceError, match="got rows 4 on rank 0 and 3 on rank 1; make the"):
+            rank.workspace.check()
+        with pytest.raises(WorkspaceError, match="got rows 4 on rank 0 and 3 on rank 1; make the"):
+            gemma_ar_norm.fused_allreduce_gemma_rmsnorm(*arguments(made[4], rank), group=rank)
+
+
+def test_who_does_not_come_is_named(group):
+    """Before any of the call's own kernels has started."""
+    made = checks.make_case(2, 4, 640, torch.bfloat16, "residual", device=DEVICE)
+    gemma_ar_norm.fused_allreduce_gemma_rmsnorm(*arguments(made, group[0]), group=group[0])
+    torch.cuda.synchronize()
+    with pytest.raises(PeerTimeoutError) as raised:
+        group[0].workspace.check()
+    assert raised.value.peer == 1
+    gemma_ar_norm.fused_allreduce_gemma_rmsnorm(*arguments(made, group[1]), group=group[1])
+    with pytest.raises(PeerTimeoutError):
+        group[1].workspace.synchronize()

@@ -33,7 +33,7 @@ from checks import Case
 from torch import Tensor
 
 import gemma_ar_norm
-from gemma_ar_norm import groups, launcher, plan
+from gemma_ar_norm import WorkspaceError, groups, launcher, plan
 from gemma_ar_norm.library import _C
 
 BF16, FP16, FP32 = checks.DTYPES
@@ -695,6 +695,85 @@ def inboxes_are_given_back(ranks: Ranks) -> None:
             free.append(torch.cuda.mem_get_info()[0])
     # All ranks use this GPU's memory, so only the trend tells: an inbox has 16 MiB at least.
     ranks.expect(not free or free[1] - free[-1] < 16 << 20, f"free memory falls: {free}")
+    dist.destroy_process_group(group)
+
+
+@case
+def calls_that_differ_in_debug_mode(ranks: Ranks) -> None:
+    """Every rank's check() says which rank differs in what, and a new workspace works."""
+    group = dist.new_group(list(range(ranks.world)))
+    last = ranks.world - 1
+    made, smaller = ranks.case(5, 1024, seed=4), ranks.case(4, 1024, seed=4)
+    none = ranks.case(0, 1024, seed=4)
+    calls = {
+        "rows 5 on": (smaller, {}),
+        "rows 5 ": (none, {}),
+        "hidden 1024 on": (ranks.case(5, 2048, seed=4), {}),
+        "x.dtype bfloat16 on": (ranks.case(5, 1024, FP16, seed=4), {}),
+        "form residual on": (ranks.case(5, 1024, form="sandwich", seed=4), {}),
+        "algorithm auto on": (made, {"algorithm": FUSED[1]}),
+        "unfused on": (made, {"algorithm": "unfused"}),
+        "eps": (replace(made, eps=1e-3), {}),
+        "weight_bias 1.0 on": (replace(made, weight_bias=0.0), {}),
+    }
+    os.environ["GEMMA_AR_NORM_DEBUG"] = "1"
+    try:
+        for what, (other, options) in calls.items():
+            gemma_ar_norm.init(group, hidden_size=2048, max_rows=8, timeout_s=TIMEOUT_S)
+            ranks.expect_each(made, f"before {what!r}", group=group)
+            ranks.synchronize()
+            mine = other if ranks.rank == last else made
+            with ranks.expect_raises(WorkspaceError, what, f"on rank {last}", "make the same"):
+                outputs = ranks.call(mine, group=group, **(options if ranks.rank == last else {}))
+                ranks.synchronize()
+                ranks.expect(all(bool(o.isnan().all()) for o in outputs), f"{what}: not NaN")
+                gemma_ar_norm.check(group)
+            if ranks.gpu:  # the workspace stays broken
+                with ranks.expect_raises(WorkspaceError, what):
+                    ranks.call(made, group=group)
+        gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=TIMEOUT_S)
+        ranks.expect_each(made, "in a new workspace", group=group)
+        ranks.synchronize()
+    finally:
+        del os.environ["GEMMA_AR_NORM_DEBUG"]
+    dist.destroy_process_group(group)
+
+
+@case
+def calls_that_differ(ranks: Ranks) -> None:
+    """Without debug mode: a timeout at the worst, and a new workspace works."""
+    if not ranks.gpu:
+        return  # there the group's all_gather decides
+    group = dist.new_group(list(range(ranks.world)))
+    made = ranks.case(5, 1024, seed=4)
+    last, timeout_s = ranks.rank == ranks.world - 1, 1.0
+    calls = {
+        "rows": (ranks.case(4, 1024, seed=4), {}),
+        "hidden": (ranks.case(5, 640, seed=4), {}),
+        "algorithm": (made, {"algorithm": FUSED[1]}),
+        "a call that is left out": (None, {}),
+    }
+    for what, (other, options) in calls.items():
+        gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=timeout_s)
+        ranks.call(made, group=group)
+        ranks.synchronize()
+        dist.barrier()
+        start = time.monotonic()
+        if not last:
+            ranks.call(made, group=group, algorithm=FUSED[0])
+        elif other is not None:
+            ranks.call(other, group=group, **{"algorithm": FUSED[0], **options})
+        ranks.synchronize()
+        dist.barrier()  # some have failed; who has not learns of it in its next call
+        with ranks.expect_raises(gemma_ar_norm.PeerTimeoutError):
+            ranks.call(made, group=group)
+            gemma_ar_norm.synchronize(group)
+        took = time.monotonic() - start
+        ranks.expect(took < timeout_s + 2, f"{what}: took {took:.1f} s")
+        dist.barrier()
+    gemma_ar_norm.init(group, hidden_size=1024, max_rows=8, timeout_s=TIMEOUT_S)
+    ranks.expect_each(made, "in a new workspace", group=group)
+    ranks.synchronize()
     dist.destroy_process_group(group)
 
 
