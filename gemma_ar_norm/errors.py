@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class WorkspaceError(RuntimeError):
-    """A workspace cannot be made or used. Every rank of the group raises it with the same text."""
+    """A workspace cannot be made or used. Every rank of the group raises it with the same text; but
+    where a rank is lost in `init`, each names those from which it did not hear."""
 
 
 class PeerTimeoutError(RuntimeError):
@@ -17,7 +18,7 @@ class PeerTimeoutError(RuntimeError):
     each workspace, modulo 2^32; a call that is larger than the workspace counts as several. row:
     one that was missed, counted from the first of that part. A rank that waits when another's
     report comes names what that one names; two that run out at the same moment can name different
-    ones.
+    ones. On the CPU path, whose time limit is the group's own, call and row are -1.
     """
 
     def __init__(self, message: str, peer: int, call: int, row: int) -> None:

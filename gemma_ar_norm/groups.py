@@ -7,16 +7,21 @@ this file notices, and tells workspace.py (`on_gone`).
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import PeerTimeoutError, WorkspaceError
 
 
 class _NoDistributed:
@@ -30,6 +35,7 @@ GroupMember: Any = dist.distributed_c10d.GroupMember if dist.is_available() else
 NO_GROUP = ""  # the name that stands for one rank without a group
 LOCAL_PREFIX = "gemma_ar_norm.local."  # names of ranks of a local_group
 CHUNK_BYTES = 4096  # of a message in one all-gather
+TAG = 0x67616E  # of our messages: not that of a user's
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,7 @@ _known: dict[int, str] = {}  # id of a group -> its name, until the group's end
 _of_one_rank: set[str] = set()  # names of such groups, until their end
 _owners: dict[str, tuple[str, int, int]] = {}  # name -> itself, a number for its group, its id
 _tokens = itertools.count()
+_lost: dict[str, list[int]] = {}  # name -> ranks that an exchange through gloo has missed
 _gone_callbacks: list[Callable[[str], None]] = []
 _local_ranks: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
@@ -162,6 +169,7 @@ def _forget(name: str, token: int, key: int) -> None:
     if _owners.get(name) == (name, token, key):
         del _owners[name], _known[key]
         _of_one_rank.discard(name)
+        _lost.pop(name, None)
         for callback in _gone_callbacks:
             callback(name)
 
@@ -212,6 +220,7 @@ def all_gather_json(group: Group, message: Any) -> list[Any]:
 
     It needs nothing but all_gather of uint8: no numpy, no pickle. A message of any length goes
     in chunks of CHUNK_BYTES, the first of which says how long it is.
+    Raises WorkspaceError where a rank is lost: see `_gather`.
     """
     data = json.dumps(message, separators=(",", ":")).encode()
     if group.size == 1:
@@ -224,8 +233,13 @@ def all_gather_json(group: Group, message: Any) -> list[Any]:
     while offset < longest:
         chunk = data[offset : offset + CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
         sent = torch.tensor(list(chunk), dtype=torch.uint8, device=device)
-        parts = [torch.empty_like(sent) for _ in range(group.size)]
-        dist.all_gather(parts, sent, group=group.process_group)
+        try:
+            parts = _gather(group, sent)
+        except _RanksLost as lost:
+            raise WorkspaceError(
+                f"group: every rank's part in the exchange of init() is required on "
+                f"{group.name!r}; got none from {lost}; {_AFTER_A_LOSS}"
+            ) from lost
         received = [old + bytes(part.tolist()) for old, part in zip(received, parts, strict=True)]
         offset += CHUNK_BYTES
         longest = max(8 + int.from_bytes(r[:8], "little") for r in received)
@@ -233,7 +247,10 @@ def all_gather_json(group: Group, message: Any) -> list[Any]:
 
 
 def all_gather_rows(group: Group, x: Tensor) -> list[Tensor]:
-    """Every rank's contiguous CPU tensor `x`, in rank order. Collective. Of any dtype."""
+    """Every rank's contiguous CPU tensor `x`, in rank order. Collective. Of any dtype.
+
+    Raises PeerTimeoutError where a rank is lost: see `_gather`.
+    """
     if group.size == 1 or x.numel() == 0:
         return [x] * group.size
     if group.is_local:
@@ -248,7 +265,91 @@ def all_gather_rows(group: Group, x: Tensor) -> list[Tensor]:
             f"got a group with the backends {backends!r}; move x to the GPU, or make the group "
             'with backend="cpu:gloo,cuda:nccl"'
         )
-    parts = [torch.empty_like(x) for _ in range(group.size)]
-    flat = [part.view(-1).view(torch.uint8) for part in parts]
-    dist.all_gather(flat, x.view(-1).view(torch.uint8), group=group.process_group)
+    try:
+        parts = _gather(group, x.view(-1).view(torch.uint8))
+    except _RanksLost as lost:
+        raise PeerTimeoutError(
+            f"{lost}: rows of a call on group {group.name!r} are required within the group's "
+            f"timeout; got none; {_AFTER_A_LOSS}",
+            lost.ranks[0] if lost.ranks else -1,
+            -1,
+            -1,
+        ) from lost
+    return [part.view(x.dtype).view(x.shape) for part in parts]
+
+
+_AFTER_A_LOSS = (
+    "see what became of it, then make a new process group of the ranks that are left, and call "
+    "init() with that"
+)
+
+
+class _RanksLost(Exception):
+    """ranks: from which nothing came; [] where the backend does not tell."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        numbers = ", ".join(map(str, ranks))
+        super().__init__(f"rank{'s' * (len(ranks) > 1)} {numbers}" if ranks else "some rank")
+        self.ranks = ranks
+
+
+def _gather(group: Group, sent: Tensor) -> list[Tensor]:
+    """Every rank's `sent`, flat and of one size on all ranks, in rank order. Collective.
+
+    Raises _RanksLost: of a process that has ended at once, through gloo; else after the group's own
+    timeout. The group is of no use after that, and it is remembered who was lost. gloo's all_gather
+    would not do: it hands parts on from rank to rank, and those that are no neighbours of the lost
+    one were seen to wait for the timeout. So with gloo every rank hears from every other one, and
+    knows whom it did not hear from.
+    """
+    parts = [torch.empty_like(sent) for _ in range(group.size)]
+    if sent.device.type != "cpu" or devices_of(group.process_group).get("cpu") != "gloo":
+        try:
+            dist.all_gather(parts, sent, group=group.process_group)
+        except RuntimeError as error:
+            raise _RanksLost([]) from error
+        return parts
+
+    if group.name in _lost:
+        raise _RanksLost(_lost[group.name])
+    errors: dict[int, RuntimeError] = {}
+    works: list[tuple[int, Any]] = []
+    options = {"group": group.process_group, "tag": TAG}
+    parts[group.rank].copy_(sent)
+    for peer in (r for r in range(group.size) if r != group.rank):
+        # All are begun, also where one fails: the others wait for ours.
+        for begin in (
+            partial(dist.irecv, parts[peer], group_src=peer),
+            partial(dist.isend, sent, group_dst=peer),
+        ):
+            try:
+                works.append((peer, begin(**options)))
+            except RuntimeError as error:
+                errors.setdefault(peer, error)
+    for peer, work in works:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            errors.setdefault(peer, error)
+    if errors:
+        _lost[group.name] = sorted(errors)
+        _hang_up(group, sent)
+        raise _RanksLost(sorted(errors)) from next(iter(errors.values()))
     return parts
+
+
+def _hang_up(group: Group, like: Tensor) -> None:
+    """Closes this rank's connections, as gloo does when an operation's time is over.
+
+    Some may have heard from the lost rank, in this exchange. In the next they find this one closed,
+    instead of waiting for it: then they name it, too.
+    """
+    for peer in range(group.size):
+        if peer != group.rank and peer not in _lost[group.name]:
+            with contextlib.suppress(RuntimeError):
+                nothing = torch.empty_like(like)
+                options = {"group": group.process_group, "group_src": peer, "tag": TAG + 1}
+                work = dist.irecv(nothing, **options)
+                if work is not None:
+                    work.wait(timedelta(milliseconds=1))
+            return

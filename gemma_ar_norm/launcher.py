@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -291,6 +291,7 @@ def run(
     env: Mapping[str, str] | None = None,
     show: str = "prefixed",
     grace_s: float = 5.0,
+    may_be_killed: Collection[int] = (),
 ) -> Result:
     """Runs the command as `ranks` processes and waits for them. Never raises for what they do.
 
@@ -301,6 +302,7 @@ def run(
     show: "prefixed" prints every line with its rank, "rank0" those of rank 0 as they are and the
         others' with their rank, "nothing" only collects. The Result has all of it in any case.
     grace_s: what the other ranks have to end by themselves once one has failed.
+    may_be_killed: ranks whose end by SIGKILL is no failure: the others go on, as in tests of it.
 
     >>> run([sys.executable, "-c", "print('hello')"], ranks=2, timeout_s=30, gpus=0)
     [rank 0] hello
@@ -328,7 +330,7 @@ def run(
                 set_for_it = placement.env(rank, percentage)
                 own = {**os.environ, **shared, **set_for_it, **(env or {})}
                 processes.append(_RankProcess(rank, command, own, show))
-            exit_code, reason = _wait(processes, started + timeout_s, grace_s)
+            exit_code, reason = _wait(processes, started + timeout_s, grace_s, may_be_killed)
             if exit_code == EXIT_TIMEOUT and not reason:
                 still = ", ".join(str(p.rank) for p in processes if not p.has_ended())
                 reason = f"stopped after {timeout_s:g} s; still running: ranks {still}"
@@ -393,12 +395,22 @@ class _RankProcess:
         self._reader.join(timeout=1.0)
 
 
-def _wait(processes: Sequence[_RankProcess], deadline: float, grace_s: float) -> tuple[int, str]:
+def _wait(
+    processes: Sequence[_RankProcess],
+    deadline: float,
+    grace_s: float,
+    may_be_killed: Collection[int] = (),
+) -> tuple[int, str]:
     """(exit code, reason) once all have ended, the grace after a failure is over, or time is up."""
+    killed = 128 + signal.SIGKILL
     exit_code, reason = 0, ""
     while True:
         codes = [process.exit_code() for process in processes]
-        failed = [(p.rank, code) for p, code in zip(processes, codes, strict=True) if code]
+        failed = [
+            (p.rank, code)
+            for p, code in zip(processes, codes, strict=True)
+            if code and not (code == killed and p.rank in may_be_killed)
+        ]
         if failed and not reason:
             rank, exit_code = failed[0]
             how = f"by signal {exit_code - 128}" if exit_code > 128 else f"with {exit_code}"

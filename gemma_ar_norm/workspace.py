@@ -470,7 +470,9 @@ def init(
 
     Raises the same on all ranks: TypeError, ValueError for arguments that are wrong or differ
     between ranks (an old workspace then stays); WorkspaceError when a rank cannot take part, as for
-    want of memory (an old workspace is closed then). Waits for the device; not within a capture.
+    want of memory (an old workspace is closed then), or is lost: at once where gloo sees that its
+    process has ended, else after the group's own timeout. Waits for the device; not within a
+    capture.
     Graphs that were captured with the group's old workspace must not be replayed any more.
 
     >>> workspace = gemma_ar_norm.init(hidden_size=5376, max_rows=128)
@@ -515,11 +517,13 @@ def init(
 
     rules = _rules(facts)
     native, handles = _allocate(me, own.device, rules, arguments)
-    reason = _open_peers(me, native, handles)
+    with _given_back_where_it_fails(native):
+        reason = _open_peers(me, native, handles)
+        if reason:
+            # Nobody frees an inbox before all have unmapped it.
+            _, error = _attempt(native.disconnect)
+            groups.all_gather_json(me, {"error": error})
     if reason:
-        # Nobody frees an inbox before all have unmapped it.
-        _, error = _attempt(native.disconnect)
-        groups.all_gather_json(me, {"error": error})
         native.close()
         workspace = Workspace(me, reason, device=own.device, timeout_s=timeout_s)
     else:
@@ -598,7 +602,9 @@ def _allocate(
 
     made, error = _attempt(allocate)
     native, handle = made or (None, "")
-    answers = groups.all_gather_json(me, {"handle": handle, "rules": repr(rules), "error": error})
+    answer = {"handle": handle, "rules": repr(rules), "error": error}
+    with _given_back_where_it_fails(native):
+        answers = groups.all_gather_json(me, answer)
     problem = _first_error(answers)
     if not problem and len({answer["rules"] for answer in answers}) > 1:
         problem = "rules: the same launch plan on all ranks is required; got different ones"
@@ -615,6 +621,18 @@ def _open_peers(me: Group, native: Any, handles: list[bytes]) -> str:
     """Phase 4: maps the peers' inboxes. "" or why not all ranks could, the same on all."""
     _, error = _attempt(lambda: native.open_peers(handles))
     return _first_error(groups.all_gather_json(me, {"error": error}))
+
+
+@contextlib.contextmanager
+def _given_back_where_it_fails(native: Any) -> Iterator[None]:
+    """An exchange in which a rank was lost raises. Whoever handles that makes another workspace,
+    while the exception still holds this frame and what is in it."""
+    try:
+        yield
+    except BaseException:
+        if native is not None:
+            native.close()
+        raise
 
 
 def _first_error(answers: Sequence[dict[str, Any]]) -> str:

@@ -132,6 +132,26 @@ def test_a_rank_that_dies_by_a_signal():
     assert (result.exit_code, result.reason) == (137, "rank 0 ended by signal 9")
 
 
+def test_a_rank_that_may_be_killed_stops_nobody():
+    code = """
+        import os, sys, time
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), 9)
+        time.sleep(1)
+        print("still here")
+        sys.exit(int(os.environ["CODE"]))
+        """
+    options = {"grace_s": 0.0, "ranks": 3}
+    result = run(code, may_be_killed=(1,), env={"CODE": "0"}, **options)
+    assert (result.exit_code, result.reason) == (0, "")
+    assert result.outputs == ["still here\n", "", "still here\n"]
+    # Another rank is not excused by it, and neither is another end.
+    result = run(code, may_be_killed=(0, 2), env={"CODE": "0"}, **options)
+    assert (result.exit_code, result.reason) == (137, "rank 1 ended by signal 9")
+    result = run("import sys; sys.exit(3)", may_be_killed=(0, 1))
+    assert result.exit_code == 3
+
+
 def test_the_time_limit_kills_whole_process_groups(monkeypatch):
     monkeypatch.setattr(launcher, "TERM_GRACE_S", 0.5)
     result = run(
