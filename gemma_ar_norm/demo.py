@@ -451,6 +451,8 @@ def main(arguments: Sequence[str] | None = None, worker: Sequence[str] = WORKER)
         prog="python -m gemma_ar_norm",
         description="Decoder layers' all-reduce + residual + RMSNorm in one kernel, checked and "
         "timed on this machine's GPUs, or on its CPU.",
+        epilog="python -m gemma_ar_norm soak --help: random calls of everything, for as long as "
+        "you like.",
     )
     parser.add_argument(
         "--ranks",

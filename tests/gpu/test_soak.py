@@ -1,0 +1,79 @@
+"""The soak on a GPU, for a short time, as streams and as processes; it sees what is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import checks
+import pytest
+import torch
+
+import gemma_ar_norm
+from gemma_ar_norm import soak, soak_calls
+
+ROOT = Path(gemma_ar_norm.__file__).parents[1]
+TIME_LIMIT_S = 200
+
+
+@pytest.mark.parametrize(("ranks", "ranks_as"), [(4, "streams"), (2, "processes")])
+def test_twenty_seconds(ranks, ranks_as, tmp_path):
+    file = tmp_path / "report.json"
+    command = [sys.executable, "-m", "gemma_ar_norm", "soak", "--minutes", "0.333"]
+    command += ["--ranks", str(ranks), "--as", ranks_as, "--json", str(file)]
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT_S, check=False
+    )
+    print(run.stdout)  # the last line is the number of calls; shown with -s
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
+    report = json.loads(file.read_text())
+    assert report["problems"] == []
+    assert (report["ranks"], report["as"], report["mismatches"]) == (ranks, ranks_as, 0)
+    assert report["calls"] >= 100  # of time-sliced processes too
+    assert sum(report["counts"]["form"].values()) == report["calls"]
+    assert set(report["counts"]["path"]) == {"one_shot", "two_shot"}
+    assert {"1", "several"} <= set(report["counts"]["launches"])
+    assert "0 mismatches, seed" in run.stdout.splitlines()[-1]
+
+
+def test_streams_with_a_wrong_result(monkeypatch):
+    """Of rank 1 alone, eager or in a graph: it is found in the first batch that has it."""
+    right = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
+
+    def wrong(x, *rest, group, **options):
+        norm_out, residual_out = right(x, *rest, group=group, **options)
+        if group.rank == 1:
+            residual_out.fill_(5.5)
+        return norm_out, residual_out
+
+    setting = soak_calls.Setting(2, gpu=True, streams=True)
+    monkeypatch.setattr(gemma_ar_norm, "fused_allreduce_gemma_rmsnorm", wrong)
+    for how in ("eager", "graph"):
+        number = next(
+            n
+            for n in range(1000)
+            if soak_calls.batch_of(1, n, setting).mode == how
+            and soak_calls.batch_of(1, n, setting).calls[0].rows > 0
+        )
+        streams = soak.Streams(2)
+        try:
+            report = soak.soak(streams, 1, (number, number), None, lambda one: None)
+        finally:
+            streams.close()
+        problem = report["problems"][0]
+        assert f"call 0 of {len(soak_calls.batch_of(1, number, setting).calls)}, {how}" in problem
+        assert "rank 1: residual_out[" in problem
+        assert "is 5.5, must be" in problem
+        assert report["mismatches"] > 0
+
+
+def test_values_are_those_of_the_cpu():
+    key = 987654321987654321
+    on_both = [torch.device("cpu"), torch.device("cuda")]
+    h, on_gpu = (soak_calls.hashed(key, 1_000_000, device) for device in on_both)
+    assert torch.equal(h, on_gpu.cpu())
+    for dtype in checks.DTYPES:
+        want, got = (soak_calls.numbers(one, dtype, -2) for one in (h, on_gpu))
+        checks.assert_bit_equal(got.cpu(), want, dtype)
