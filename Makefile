@@ -14,12 +14,12 @@ PACKAGE_SOURCES += $(shell find csrc -type d)
 CPP_SOURCES = $(shell find csrc bench tests -type f \( -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp' \) 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test pytest build lint format emulate bench wheel check-cuda12 clean FORCE
+.PHONY: help demo test pytest build lint format emulate sanitize bench wheel check-cuda12 clean FORCE
 MAKEFLAGS += --no-print-directory
 
 help:
 	@sed -n '/^# make/,/^$$/s/^# //p' Makefile
-	@echo "others:      build, pytest (no lint), lint, format, emulate, bench, wheel, check-cuda12, clean"
+	@echo "others:      build, pytest (no lint), lint, format, emulate, sanitize, bench, wheel, check-cuda12, clean"
 
 demo: $(STAMPS)/package
 	$(BIN)/python -m gemma_ar_norm
@@ -77,6 +77,10 @@ check-cuda12:
 # One case of the kernels' run on the CPU, as a failure prints it (docs/testing.md). Needs g++ alone.
 emulate:
 	@$(MAKE) -C tests/emulator emulate CASE=$(CASE) SEED=$(SEED)
+
+# Every kernel under compute-sanitizer (docs/testing.md). Needs a GPU, nvcc, g++ and compute-sanitizer alone.
+sanitize:
+	@$(PYTHON) tests/sanitizer/run.py $(SANITIZE_ARGS)
 
 # ---- products ----
 # No torch, no Python: needs nvcc, and CMake and Ninja from PATH or from the virtual environment.

@@ -71,6 +71,8 @@ struct TwoShotParams {
   uint64_t zero;       // 0, which the compiler does not know
 };
 
+// A test that launches the blocks of all ranks at once has its own of the next two, below.
+#ifndef GAN_ONE_LAUNCH
 // Of all kernels that exchange.
 struct FusedParams {
   RowParams row;
@@ -115,5 +117,10 @@ struct LocalNormParams {
   RowParams row;
   Trigger trigger;
 };
+#endif
 
 }  // namespace gan
+
+#ifdef GAN_ONE_LAUNCH
+#include "one_launch_params.h"
+#endif
