@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from . import groups, ops, plan, workspace
+from .errors import shown
 from .library import _C
 
 
@@ -45,8 +46,8 @@ def fused_allreduce_gemma_rmsnorm(
         hidden: a multiple of 16 bytes, at most 16384 elements.
     weight: [hidden], T or float32. residual: like x; it may differ between ranks.
     post_weight: like weight; needs a residual.
-    eps: finite, 0 or more. weight_bias: 1 for Gemma, Gemma 2 and 3, Qwen3-Next and Qwen3.5, 0 for
-        Gemma 3n and 4.
+    eps: finite, 0 or more. weight_bias: finite; 1 for Gemma, Gemma 2 and 3, Qwen3-Next and
+        Qwen3.5, 0 for Gemma 3n and 4. Both are rounded to float32, and in its range.
     group: a ProcessGroup, its name, a rank of a `local_group`, or None: the default group, or one
         rank where torch.distributed is not initialised.
     algorithm: "auto" follows the plan (see `explain`); "one_shot" and "two_shot" are the fused
@@ -131,6 +132,8 @@ def _call(
 
 # ---------------------------------------------------------------------------------------- explain
 
+MOST = 1 << 46  # rows, or elements of a row, that explain() takes: no tensor has as many
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -187,13 +190,22 @@ def explain(
     64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU
     """
     for name, value in (("rows", rows), ("hidden_size", hidden_size)):
-        if not isinstance(value, int) or value < 0:
-            raise ValueError(
-                f"{name}: an int, 0 or more, is required; got {value!r}; pass a shape's number"
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(
+                f"{name}: an int is required; got {type(value).__name__}; pass a shape's number"
             )
+        if not 0 <= value <= MOST:
+            raise ValueError(
+                f"{name}: an int from 0 to {MOST} is required; got {shown(value)}; pass a shape's "
+                "number"
+            )
+    wrong = workspace.dtype_error(dtype)
+    if wrong is not None:
+        raise wrong
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.empty(rows, hidden_size, dtype=dtype, device="meta")
+    device = workspace.device_of(device)
+    x = torch.empty(0, hidden_size, dtype=dtype, device="meta")
     weight = torch.empty(hidden_size, dtype=dtype, device="meta")
     ops.check_arguments(x, weight, None, None, 0.0, 1.0, algorithm)
 
@@ -203,7 +215,7 @@ def explain(
     def answer(path: str, reason: str, **launch: Any) -> Explanation:
         return Explanation(path, reason, rows, hidden_size, dtype, me.size, **launch)
 
-    if torch.device(device).type == "cpu":
+    if device.type == "cpu":
         return answer("cpu", "the tensors are on the CPU")
     if me.size == 1:
         reason = "one rank: there is nothing to reduce"
@@ -222,12 +234,12 @@ def explain(
         return answer(path, "0 rows: nothing is launched")
     row_packs = hidden_size * dtype.itemsize // plan.PACK_BYTES
     numbers = [rule.numbers for rule in found.rules]
-    launches = _C.launches(numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
-    first = launches[0]
+    arguments = (numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
+    first = _C.launches(*arguments, limit=1)[0]
     return answer(
         plan.FUSED_ALGORITHMS[first["algorithm"]],
         found.reason,
-        launches=len(launches),
+        launches=-(-rows // first["rows"]),  # all but the last take as many
         blocks=first["teams"] * first["blocks_a_team"],
         threads=first["threads"],
         evidence=found.rules[first["rule"]].evidence,

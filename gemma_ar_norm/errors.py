@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 
+def shown(value: object) -> str:
+    """An argument in an error's text. Not the digits of an absurd int: there is a limit to them."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return str(value)
+
+
 class WorkspaceError(RuntimeError):
     """A workspace cannot be made or used. Every rank of the group raises it with the same text; but
     where a rank is lost in `init`, each names those from which it did not hear."""

@@ -193,7 +193,7 @@ def _registered(name: str) -> Any:
     try:
         c10d: Any = torch._C._distributed_c10d
         return c10d._resolve_process_group(name)
-    except (AttributeError, RuntimeError, ValueError):
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # TypeError: not UTF-8
         return None
 
 

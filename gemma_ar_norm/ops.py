@@ -7,6 +7,7 @@ which the C++ kernels turn where a group has no fused workspace (the stable ABI 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from typing import Any
@@ -16,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import debug, groups, plan, reference, workspace
-from .errors import PeerTimeoutError, WorkspaceError
+from .errors import PeerTimeoutError, WorkspaceError, shown
 from .library import _C
 from .plan import PACK_BYTES
 from .workspace import DTYPES, MAX_HIDDEN
 
 NAMESPACE = "gemma_ar_norm"
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 fused_allreduce_rmsnorm = torch.ops.gemma_ar_norm.fused_allreduce_rmsnorm.default
 fused_allreduce_rmsnorm_out = torch.ops.gemma_ar_norm.fused_allreduce_rmsnorm.out
@@ -53,6 +55,7 @@ def check_arguments(
             f"x: a last dimension that is a multiple of {multiple} ({_name(x.dtype)}) from "
             f"{multiple} to {MAX_HIDDEN} is required; got {hidden}; pad the rows"
         )
+    _check_memory("x", x)
     if residual is not None:
         _check_like("residual", residual, x)
     _check_weight("weight", weight, x, (x.dtype, torch.float32))
@@ -85,6 +88,10 @@ def _check_tensor(name: str, value: Any) -> None:
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{name}: a dense tensor is required; got {value.layout}; call to_dense()")
+    if value.is_nested:
+        raise TypeError(
+            f"{name}: a dense tensor is required; got a nested one; call to_padded_tensor()"
+        )
 
 
 def _check_rows(name: str, x: Any) -> None:
@@ -124,6 +131,7 @@ def _check_like(name: str, value: Any, x: Tensor) -> None:
             f"{name} is not broadcast: expand or reshape it"
         )
     _check_device(name, value, x)
+    _check_memory(name, value)
 
 
 def _check_weight(name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -141,18 +149,26 @@ def _check_weight(name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, .
             f"got {_shape(value)}; reshape it"
         )
     _check_device(name, value, x)
+    _check_memory(name, value)
 
 
 def _check_number(name: str, value: Any, lowest: float = -math.inf) -> None:
     if isinstance(value, torch.SymFloat | torch.SymInt):
         return  # under torch.compile with dynamic floats; the kernel looks at its value
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    number = value
+    if hasattr(value, "item"):  # the ops take tensors of one element too, and numpy's numbers
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            number = value.item()
+    if not isinstance(number, int | float):
         raise TypeError(
             f"{name}: a float is required; got {type(value).__name__}; pass a Python number"
         )
-    if not math.isfinite(value) or value < lowest:
+    if not max(lowest, -MAX_FLOAT32) <= number <= MAX_FLOAT32:  # NaN is not either
         what = "a finite number" if lowest == -math.inf else "a finite number, 0 or more,"
-        raise ValueError(f"{name}: {what} is required; got {value}; see the model's configuration")
+        raise ValueError(
+            f"{name}: {what} in the range of float32 is required; got {shown(number)}; see the "
+            "model's configuration"
+        )
 
 
 def _check_out(
@@ -172,10 +188,11 @@ def _check_out(
     if torch.compiler.is_compiling() or not _have_addresses(x, *out) or x.numel() == 0:
         return
     for name, value in outputs.items():
-        if value.data_ptr() % PACK_BYTES:
+        beyond = value.data_ptr() % PACK_BYTES  # no address: error texts go into logs
+        if beyond:
             raise ValueError(
-                f"{name}: an address that is a multiple of {PACK_BYTES} is required; got "
-                f"{value.data_ptr():#x}; pass a tensor of torch.empty, not a slice of one"
+                f"{name}: an address that is a multiple of {PACK_BYTES} is required; got one "
+                f"{beyond} bytes beyond such; pass a tensor of torch.empty, not a slice of one"
             )
         for other, tensor in (("weight", weight), ("post_weight", post_weight)):
             if tensor is not None and _overlap(value, tensor):
@@ -197,13 +214,28 @@ def _check_out(
 
 
 def _have_addresses(*tensors: Tensor) -> bool:
-    """False for fake, meta and functional tensors, which have no memory."""
+    """False for fake, meta and functional tensors, and for what wraps others: no memory there."""
     return all(
-        type(t) in (Tensor, torch.nn.Parameter)
+        type(t).__torch_dispatch__ is Tensor.__torch_dispatch__
         and t.device.type != "meta"
         and not torch._is_functional_tensor(t)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         for t in tensors
     )
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    """A storage can be resized, to nothing too, under a tensor that keeps its shape."""
+    if not _have_addresses(t) or t.numel() == 0:
+        return
+    reached = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    needed = (t.storage_offset() + reached + 1) * t.element_size()
+    if needed > t.untyped_storage().nbytes():
+        raise ValueError(
+            f"{name}: a storage of at least {needed} bytes is required; got one of "
+            f"{t.untyped_storage().nbytes()}, which was resized; pass a tensor whose memory is "
+            "there"
+        )
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -363,6 +395,26 @@ def _cpu_add_rmsnorm_out(
     )
 
 
+# ------------------------------------------------------------------------- views of negatives
+# torch's fallback for tensors with the negative bit (torch._neg_view) makes copies of inputs, as is
+# right. Of an output too; but then it runs the op, and fails when it looks for what that returned:
+# too late for ranks that have been pushed to. So it is refused here, where only such tensors come.
+
+
+def _with_negatives(op: Any) -> Any:
+    def kernel(*arguments: Any, norm_out: Tensor, residual_out: Tensor) -> None:
+        for name, value in (("norm_out", norm_out), ("residual_out", residual_out)):
+            if isinstance(value, Tensor) and value.is_neg():  # None comes this far
+                raise ValueError(
+                    f"{name}: a tensor that holds its values is required; got a view of their "
+                    "negatives; pass a tensor of torch.empty"
+                )
+        plain = (a.resolve_neg() if isinstance(a, Tensor) else a for a in arguments)
+        op(*plain, norm_out=norm_out, residual_out=residual_out)
+
+    return kernel
+
+
 # ---------------------------------------------------------------------------------- the slow path
 
 
@@ -489,9 +541,23 @@ def better_error(error: Exception, group_name: str, arguments: dict[str, Any]) -
             return typed
     try:
         check_arguments(**arguments)
+        if "'group_name'" in text:  # torch takes no name that is not UTF-8
+            groups.resolve(group_name)
+        _check_place(group_name, arguments["x"])
     except (TypeError, ValueError) as better:
         return better
     return error
+
+
+def _check_place(group_name: str, x: Tensor) -> None:
+    found = workspace.find(group_name)
+    if found is None or not found.fused or x.device.type != "cuda":
+        return
+    if x.device.index != found.device:
+        raise ValueError(
+            f"x: a tensor on cuda:{found.device}, where this group's workspace is, is required; "
+            f"got {x.device}; move it, or call init() with that device current"
+        )
 
 
 # ----------------------------------------------------------------------------------- registration
@@ -507,3 +573,8 @@ _library.impl("fused_allreduce_rmsnorm", _cpu, "CPU")
 _library.impl("fused_allreduce_rmsnorm.out", _cpu_out, "CPU")
 _library.impl("add_rmsnorm.out", _cpu_add_rmsnorm_out, "CPU")
 _library.impl("_slow_path", slow_path, "CUDA")
+for _name_of_op, _op in (
+    ("fused_allreduce_rmsnorm.out", fused_allreduce_rmsnorm_out),
+    ("add_rmsnorm.out", add_rmsnorm_out),
+):
+    _library.impl(_name_of_op, _with_negatives(_op), "Negative")

@@ -18,6 +18,7 @@ import atexit
 import contextlib
 import itertools
 import os
+import secrets
 import socket
 import threading
 import weakref
@@ -31,7 +32,7 @@ from typing import Any, TypeVar, overload
 import torch
 
 from . import debug, groups, plan
-from .errors import PeerTimeoutError, WorkspaceError
+from .errors import PeerTimeoutError, WorkspaceError, shown
 from .groups import Group
 from .library import _C
 from .plan import MAX_RANKS, PACK_BYTES
@@ -76,6 +77,7 @@ class Facts:
     dtype: Any = None
     timeout_s: Any = None
     debug: bool = False
+    token: str = ""  # random: all ranks' together name this init
     error: str = ""  # why this rank cannot take part
     error_type: str = "WorkspaceError"
     no_gpu: str = ""  # why this rank has no GPU to offer
@@ -89,8 +91,10 @@ class Facts:
     thread_percentage: float = 100.0  # of the GPU, by MPS
 
     @staticmethod
-    def of(message: dict[str, Any]) -> Facts:
+    def of(message: Any) -> Facts:
         known = {f.name for f in fields(Facts)}
+        if not isinstance(message, dict):
+            return Facts()
         facts = {name: value for name, value in message.items() if name in known}
         if "compute_capability" in facts:
             facts["compute_capability"] = tuple(facts["compute_capability"])
@@ -184,6 +188,34 @@ def _argument_error(
             return TypeError(
                 f"{name}: an int is required; got {type(value).__name__}; pass a number of {unit}"
             )
+    wrong = dtype_error(dtype)
+    if wrong is not None:
+        return wrong
+    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
+        return TypeError(
+            f"timeout_s: a number is required; got {type(timeout_s).__name__}; pass seconds"
+        )
+    multiple = PACK_BYTES // dtype.itemsize
+    if not 0 < hidden_size <= MAX_HIDDEN or hidden_size % multiple:
+        return ValueError(
+            f"hidden_size: a multiple of {multiple} from {multiple} to {MAX_HIDDEN} is required "
+            f"for {_name(dtype)}; got {shown(hidden_size)}; pad the rows"
+        )
+    if not 0 < max_rows <= MAX_MAX_ROWS:
+        return ValueError(
+            f"max_rows: from 1 to {MAX_MAX_ROWS} is required; got {shown(max_rows)}; "
+            "pass the rows of the largest call that should be one launch"
+        )
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        return ValueError(
+            f"timeout_s: more than 0 and at most {MAX_TIMEOUT_S:.0f} is required; "
+            f"got {shown(timeout_s)}; pass how long a call may wait for a peer, in seconds"
+        )
+    return None
+
+
+def dtype_error(dtype: Any) -> TypeError | None:
+    """What is wrong with it as the dtype of x; None: nothing."""
     if not isinstance(dtype, torch.dtype):
         return TypeError(
             f"dtype: a torch.dtype is required; got {type(dtype).__name__}; pass torch.bfloat16"
@@ -193,27 +225,23 @@ def _argument_error(
             f"dtype: bfloat16, float16 or float32 is required; got {_name(dtype)}; "
             "pass the dtype of the activations"
         )
-    if not isinstance(timeout_s, int | float) or isinstance(timeout_s, bool):
-        return TypeError(
-            f"timeout_s: a number is required; got {type(timeout_s).__name__}; pass seconds"
-        )
-    multiple = PACK_BYTES // dtype.itemsize
-    if not 0 < hidden_size <= MAX_HIDDEN or hidden_size % multiple:
-        return ValueError(
-            f"hidden_size: a multiple of {multiple} from {multiple} to {MAX_HIDDEN} is required "
-            f"for {_name(dtype)}; got {hidden_size}; pad the rows"
-        )
-    if not 0 < max_rows <= MAX_MAX_ROWS:
-        return ValueError(
-            f"max_rows: from 1 to {MAX_MAX_ROWS} is required; got {max_rows}; "
-            "pass the rows of the largest call that should be one launch"
-        )
-    if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        return ValueError(
-            f"timeout_s: more than 0 and at most {MAX_TIMEOUT_S:.0f} is required; "
-            f"got {timeout_s}; pass how long a call may wait for a peer, in seconds"
-        )
     return None
+
+
+def device_of(device: Any) -> torch.device:
+    """torch.device(device), a CUDA device or the CPU. Raises ValueError in our words."""
+    try:
+        if isinstance(device, int) and not 0 <= device < 128:
+            raise ValueError
+        found = torch.device(device)
+        if found.type in ("cpu", "cuda"):
+            return found
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        pass
+    got = repr(device) if isinstance(device, str) else shown(device)
+    if not isinstance(device, str | int | torch.device):
+        got = type(device).__name__
+    raise ValueError(f"device: a CUDA device or the CPU is required; got {got}; pass 'cuda'")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -222,16 +250,13 @@ def _name(dtype: torch.dtype) -> str:
 
 def _own_facts(me: Group, arguments: dict[str, Any]) -> Facts:
     build = _C.build_info()
-    said = {
-        name: value if isinstance(value, int | float) else str(value)
-        for name, value in arguments.items()
-    }
     facts: dict[str, Any] = {
         "version": build["version"],
         "protocol": build["protocol"],
         "debug": debug.is_on(),
-        **said,
+        "token": secrets.token_hex(8),
     }
+    facts |= {name: _said(value) for name, value in arguments.items()}
     wrong = _argument_error(**arguments)
     if wrong is not None:
         return Facts(**facts, error=str(wrong), error_type=type(wrong).__name__)
@@ -240,6 +265,15 @@ def _own_facts(me: Group, arguments: dict[str, Any]) -> Facts:
     facts.update(host=_host(), pid=os.getpid())
     gpu, why_none = _attempt(_gpu_facts)
     return Facts(**facts, **(gpu or {}), no_gpu=why_none)
+
+
+def _said(value: Any) -> Any:
+    """An argument for the other ranks, to be compared. What it can be is only known afterwards."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, int):
+        return value if value.bit_length() < 64 else shown(value)
+    return value if isinstance(value, float) else type(value).__name__
 
 
 def _gpu_facts() -> dict[str, Any]:
@@ -318,7 +352,7 @@ class Workspace:
         self.generation = 0
         self.timeout_s = timeout_s
         self.debug = debug.is_on()  # on all ranks or on none: verdict()
-        self._device = device
+        self.device = device  # of the inbox, or that calls run on; -1: none
         self.rules = tuple(rules)  # the launch plan, for explain()
         self._native = native
         # Runs once: at close(), when collected, or when the interpreter exits.
@@ -374,8 +408,8 @@ class Workspace:
 
     def synchronize(self) -> None:
         """Waits for all work queued on the device, then `check()`."""
-        if self._device >= 0:
-            torch.cuda.synchronize(self._device)
+        if self.device >= 0:
+            torch.cuda.synchronize(self.device)
         self.check()
 
     def __enter__(self) -> Workspace:
@@ -497,6 +531,7 @@ def init(
     # 1. Facts.
     own = _own_facts(me, arguments)
     facts = [Facts.of(message) for message in groups.all_gather_json(me, asdict(own))]
+    exchange = Exchange(me, "".join(fact.token for fact in facts))
     conclusion = verdict(facts)
     if conclusion.error is not None:
         raise conclusion.error
@@ -507,7 +542,7 @@ def init(
 
     # 2. Access. (After it every rank has closed its old workspace, whose memory can go.)
     if conclusion.fused:
-        access = groups.all_gather_json(me, _access(me.rank, facts))
+        access = exchange.gather("access", _access(me.rank, facts))
         conclusion = verdict(facts, access)
     if not conclusion.fused:
         device = own.device if not own.no_gpu else -1
@@ -516,13 +551,13 @@ def init(
         return workspace
 
     rules = _rules(facts)
-    native, handles = _allocate(me, own.device, rules, arguments)
+    native, handles = _allocate(exchange, own.device, rules, arguments)
     with _given_back_where_it_fails(native):
-        reason = _open_peers(me, native, handles)
+        reason = _open_peers(exchange, native, handles)
         if reason:
             # Nobody frees an inbox before all have unmapped it.
             _, error = _attempt(native.disconnect)
-            groups.all_gather_json(me, {"error": error})
+            exchange.gather("disconnect", {"error": error})
     if reason:
         native.close()
         workspace = Workspace(me, reason, device=own.device, timeout_s=timeout_s)
@@ -532,6 +567,33 @@ def init(
         )
     _register(workspace)
     return workspace
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the ranks of a group tell each other after the facts of one init.
+
+    The group carries it, so nobody outside can speak. But a rank that is elsewhere in its calls of
+    the group can: two inits at once, or a gathering of the user's. No handle, and nothing else, is
+    taken from a message but that of this init, this phase and the rank whose place it has.
+    """
+
+    me: Group
+    token: str  # of the init
+
+    def gather(self, phase: str, said: Any) -> list[Any]:
+        """What each rank says, in rank order. Collective."""
+        message = {"init": self.token, "phase": phase, "rank": self.me.rank, "said": said}
+        messages = groups.all_gather_json(self.me, message)
+        for rank, got in enumerate(messages):
+            wanted = {**message, "rank": rank}
+            if not isinstance(got, dict) or {**got, "said": said} != wanted or "said" not in got:
+                raise WorkspaceError(
+                    f"group: what rank {rank} says in this init ({phase}) is required; got "
+                    f"something else on group {self.me.name!r}; make all calls of the group in the "
+                    "same order on all ranks, from one thread"
+                )
+        return [got["said"] for got in messages]
 
 
 def _refuse_to_be_captured(me: Group) -> None:
@@ -591,9 +653,10 @@ def _make_native(
 
 
 def _allocate(
-    me: Group, device: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
-) -> tuple[Any, list[bytes]]:
+    exchange: Exchange, device: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
+) -> tuple[Any, list[str]]:
     """Phase 3: the native workspace, and all ranks' IPC handles. Raises on all ranks or on none."""
+    me = exchange.me
 
     def allocate() -> tuple[Any, str]:
         _C.reclaim()
@@ -602,9 +665,9 @@ def _allocate(
 
     made, error = _attempt(allocate)
     native, handle = made or (None, "")
-    answer = {"handle": handle, "rules": repr(rules), "error": error}
+    said = {"handle": handle, "rules": repr(rules), "error": error}
     with _given_back_where_it_fails(native):
-        answers = groups.all_gather_json(me, answer)
+        answers = exchange.gather("allocate", said)
     problem = _first_error(answers)
     if not problem and len({answer["rules"] for answer in answers}) > 1:
         problem = "rules: the same launch plan on all ranks is required; got different ones"
@@ -614,13 +677,13 @@ def _allocate(
         raise WorkspaceError(
             f"{problem}; where that is memory make max_rows smaller, or free some there"
         )
-    return native, [bytes.fromhex(answer["handle"]) for answer in answers]
+    return native, [answer["handle"] for answer in answers]
 
 
-def _open_peers(me: Group, native: Any, handles: list[bytes]) -> str:
+def _open_peers(exchange: Exchange, native: Any, handles: list[str]) -> str:
     """Phase 4: maps the peers' inboxes. "" or why not all ranks could, the same on all."""
-    _, error = _attempt(lambda: native.open_peers(handles))
-    return _first_error(groups.all_gather_json(me, {"error": error}))
+    _, error = _attempt(lambda: native.open_peers([bytes.fromhex(handle) for handle in handles]))
+    return _first_error(exchange.gather("open", {"error": error}))
 
 
 @contextlib.contextmanager
@@ -724,16 +787,19 @@ def local_group(
     if not isinstance(n, int) or isinstance(n, bool):
         raise TypeError(f"n: an int is required; got {type(n).__name__}; pass a number of ranks")
     if not 2 <= n <= MAX_RANKS:
-        raise ValueError(f"n: from 2 to {MAX_RANKS} is required; got {n}; pass a number of ranks")
+        raise ValueError(
+            f"n: from 2 to {MAX_RANKS} is required; got {shown(n)}; pass a number of ranks"
+        )
     wrong = _argument_error(hidden_size, max_rows, dtype, timeout_s)
     if wrong is not None:
         raise wrong
+    wanted = None if device is None else _cuda_device(device)
     if not torch.cuda.is_available():
         raise WorkspaceError(
             "local_group: a CUDA GPU is required; "
             f"got torch {torch.__version__}, {_C.driver_status()}; use processes and gloo on a CPU"
         )
-    index = torch.cuda.current_device() if device is None else _device_index(device)
+    index = torch.cuda.current_device() if wanted is None else _existing(wanted)
     info = _C.device_info(index)
     rules = plan.make_rules(
         ranks=n,
@@ -788,13 +854,25 @@ def _local_group(
     return LocalGroup(ranks)
 
 
-def _device_index(device: torch.device | int | str) -> int:
-    if isinstance(device, int):
-        return device
-    found = torch.device(device)
-    if found.type != "cuda":
+def _cuda_device(device: Any) -> torch.device:
+    is_number = isinstance(device, int) and not isinstance(device, bool)
+    found = torch.device("cuda", device) if is_number and 0 <= device < 128 else device_of(device)
+    if found.type != "cuda" or isinstance(device, bool):
         raise ValueError(f"device: a CUDA device is required; got {found}; pass 'cuda'")
-    return torch.cuda.current_device() if found.index is None else found.index
+    return found
+
+
+def _existing(device: torch.device) -> int:
+    index: int | None = device.index
+    count = torch.cuda.device_count()
+    if index is None:
+        return torch.cuda.current_device()
+    if index >= count:
+        raise ValueError(
+            f"device: one of the {count} CUDA devices that torch sees is required; got {device}; "
+            "see CUDA_VISIBLE_DEVICES"
+        )
+    return index
 
 
 # ------------------------------------------------------------------------------- by group, for all

@@ -88,13 +88,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "launches",
       [](const std::vector<RuleTuple>& rules, uint32_t ranks, uint64_t inbox_bytes, uint64_t rows,
-         uint32_t row_packs, const std::string& algorithm) {
-        if (ranks < 2 || ranks > kMaxRanks || inbox_bytes < kHeaderBytes || row_packs == 0)
+         uint32_t row_packs, const std::string& algorithm, uint64_t limit) {
+        if (ranks < 2 || ranks > kMaxRanks || inbox_bytes < kHeaderBytes || row_packs == 0 ||
+            row_packs > kMaxRowPacks)
           throw py::value_error("launches: 2 to 8 ranks, an inbox and a row are required");
         const std::vector<PlanRule> plan = rules_of(rules);
         const InboxLayout layout = InboxLayout::of(ranks, inbox_bytes);
         py::list launches;
-        for (uint64_t left = rows; left > 0;) {
+        for (uint64_t left = rows; left > 0 && launches.size() < limit;) {
           const PlannedLaunch next =
               next_launch(plan, layout, left, row_packs, algorithm_named(algorithm));
           if (next.rows == 0) throw py::value_error("inbox_bytes: room for a row is required");
@@ -107,7 +108,7 @@ PYBIND11_MODULE(_C, m) {
         return launches;
       },
       py::arg("rules"), py::arg("ranks"), py::arg("inbox_bytes"), py::arg("rows"),
-      py::arg("row_packs"), py::arg("algorithm") = "auto");
+      py::arg("row_packs"), py::arg("algorithm") = "auto", py::arg("limit") = UINT64_MAX);
   m.def("unregister", &unregister_workspace, py::arg("group_name"),
         py::call_guard<py::gil_scoped_release>());
   m.def("reclaim", &reclaim_inboxes, py::call_guard<py::gil_scoped_release>());

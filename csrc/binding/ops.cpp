@@ -9,10 +9,11 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <array>
-#include <cmath>
+#include <cfloat>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "binding/slow_path.h"
 #include "host/workspace.h"
@@ -57,7 +58,7 @@ DType dtype_of(const Tensor& x) {
       return DType::kFloat32;
     default:
       throw std::runtime_error(
-          "x: dtype bfloat16, float16 or float32 is required; got another; convert it");
+          "x: bfloat16, float16 or float32 is required; got another dtype; convert it");
   }
 }
 
@@ -67,6 +68,25 @@ bool same_shape(const Tensor& a, const Tensor& b) {
     if (a.size(i) != b.size(i)) return false;
   }
   return true;
+}
+
+// What the tensor reaches must be there: a storage can be resized, to nothing too, under a tensor
+// that keeps its shape. A kernel that read it would take the CUDA context with it.
+void check_memory(const Tensor& t, const char* name) {
+  if (t.numel() == 0) return;
+  int64_t reached = t.numel();
+  if (!t.is_contiguous()) {
+    reached = 1;
+    for (int64_t i = 0; i < t.dim(); ++i) reached += (t.size(i) - 1) * t.stride(i);
+  }
+  const int64_t needed = (t.storage_offset() + reached) * static_cast<int64_t>(t.element_size());
+  int64_t bytes = 0;
+  require(aoti_torch_get_storage_size(t.get(), &bytes) == AOTI_TORCH_SUCCESS,
+          "torch: a tensor with a storage is required; got one without; pass a plain tensor");
+  if (needed <= bytes) return;
+  throw std::runtime_error(std::string(name) + ": a storage of at least " + std::to_string(needed) +
+                           " bytes is required; got one of " + std::to_string(bytes) +
+                           ", which was resized; pass a tensor whose memory is there");
 }
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kPackBytes == 0; }
@@ -95,28 +115,37 @@ bool disjoint_or_same(const Tensor& out, const Tensor& in) {
 void check_like_x(const Tensor& t, const Tensor& x, const char* name) {
   const bool alike = t.scalar_type() == x.scalar_type() && same_shape(t, x) &&
                      t.is_cuda() == x.is_cuda() && t.get_device_index() == x.get_device_index();
-  if (alike) return;
-  throw std::runtime_error(std::string(name) + ": shape, dtype and device of x, " + shape_text(x) +
-                           ", are required; got " + shape_text(t) + " or another dtype or device");
+  if (alike) return check_memory(t, name);
+  throw std::runtime_error(std::string(name) + ": the shape, dtype and device of x, " +
+                           shape_text(x) + ", are required; got " + shape_text(t) +
+                           " or another dtype or device; convert or move it");
 }
 
 void check_weight(const Tensor& w, const Tensor& x, int64_t hidden, const char* name) {
   const bool fits = w.dim() == 1 && w.size(0) == hidden &&
                     (w.scalar_type() == x.scalar_type() || w.scalar_type() == ScalarType::Float) &&
                     w.is_cuda() == x.is_cuda() && w.get_device_index() == x.get_device_index();
-  if (fits) return;
-  throw std::runtime_error(std::string(name) + ": shape [" + std::to_string(hidden) +
+  if (fits) return check_memory(w, name);
+  throw std::runtime_error(std::string(name) + ": the shape [" + std::to_string(hidden) +
                            "], x's dtype or float32, and x's device are required; got " +
-                           shape_text(w) + " or another dtype or device");
+                           shape_text(w) + " or another dtype or device; convert or move it");
 }
 
 void check_out(const Tensor& out, const Tensor& x, const char* name) {
   check_like_x(out, x, name);
-  if (!out.is_contiguous() || !is_aligned(out.data_ptr())) {
+  // An output without elements may lie anywhere.
+  if (!out.is_contiguous() || (out.numel() > 0 && !is_aligned(out.data_ptr()))) {
     throw std::runtime_error(std::string(name) +
-                             ": a contiguous, 16-byte aligned tensor is required; got another; "
-                             "call without out=");
+                             ": a contiguous tensor, aligned to 16 bytes, is required; got "
+                             "another; pass a tensor of torch.empty");
   }
+}
+
+// The op comes here when any of its tensors is on a GPU.
+int32_t cuda_device_of(const Tensor& x) {
+  require(x.is_cuda(),
+          "x: a CUDA tensor is required where another argument is one; got one elsewhere; move it");
+  return x.get_device_index();
 }
 
 // The arguments of a call, checked; kernels get what is in `arguments`. The tensors keep it alive
@@ -131,26 +160,31 @@ Call make_call(const Tensor& x, const Tensor& weight, const OptionalTensor& resi
                const OptionalTensor& post_weight, double eps, double weight_bias) {
   const DType dtype = dtype_of(x);
   const int64_t dim = x.dim();
-  require(dim >= 1, "x: shape [..., hidden] is required; got no dimension");
+  require(dim >= 1, "x: a shape [..., hidden] is required; got no dimension; pass x.unsqueeze(0)");
   const int64_t hidden = x.size(dim - 1);
   const int64_t pack = static_cast<int64_t>(kPackBytes / x.element_size());
   if (hidden < 1 || hidden % pack != 0 || hidden > static_cast<int64_t>(kMaxHidden)) {
-    throw std::runtime_error("x: hidden (the last dimension) must be a multiple of " +
-                             std::to_string(pack) + " up to " + std::to_string(kMaxHidden) +
-                             "; got " + std::to_string(hidden));
+    throw std::runtime_error("x: a last dimension that is a multiple of " + std::to_string(pack) +
+                             " up to " + std::to_string(kMaxHidden) + " is required; got " +
+                             std::to_string(hidden) + "; pad the rows");
   }
+  check_memory(x, "x");
   check_weight(weight, x, hidden, "weight");
   if (post_weight) {
     check_weight(*post_weight, x, hidden, "post_weight");
     require(post_weight->scalar_type() == weight.scalar_type(),
-            "post_weight: weight's dtype is required; got another");
+            "post_weight: the dtype of weight is required; got another; convert it");
     require(residual.has_value(),
-            "residual: required where post_weight is given; got None; pass the residual");
+            "post_weight: a residual beside it is required; got None; pass the residual");
   }
   if (residual) check_like_x(*residual, x, "residual");
-  require(std::isfinite(eps) && eps >= 0,
-          "eps: a finite number, at least 0, is required; got another");
-  require(std::isfinite(weight_bias), "weight_bias: a finite number is required; got another");
+  // NaN is in no range. What lies beyond float32's has no conversion to it.
+  require(eps >= 0 && eps <= FLT_MAX,
+          "eps: a finite number, 0 or more, in the range of float32 is required; got another; see "
+          "the model's configuration");
+  require(weight_bias >= -FLT_MAX && weight_bias <= FLT_MAX,
+          "weight_bias: a finite number in the range of float32 is required; got another; see the "
+          "model's configuration");
 
   Call call{packed(x), packed(weight), residual, post_weight, {}};
   if (residual) call.residual = packed(*residual);
@@ -182,27 +216,30 @@ void check_outputs(const Call& call, const Tensor& x, const Tensor& norm_out,
   check_out(norm_out, x, "norm_out");
   check_out(residual_out, x, "residual_out");
   require(!overlap(norm_out, residual_out),
-          "out: two tensors that do not overlap are required; got overlapping ones");
-  for (const Tensor* out : {&norm_out, &residual_out}) {
+          "out: norm_out and residual_out in memory of their own are required; got two that "
+          "overlap; pass two tensors");
+  for (const auto& [out, name] :
+       {std::pair{&norm_out, "norm_out"}, std::pair{&residual_out, "residual_out"}}) {
     // call.x and call.residual are copies where the originals could not be read in packs: those may
     // overlap as they like.
     const bool apart = disjoint_or_same(*out, call.x) &&
                        (!call.residual || disjoint_or_same(*out, *call.residual)) &&
                        !overlap(*out, call.weight) &&
                        (!call.post_weight || !overlap(*out, *call.post_weight));
-    require(apart,
-            "out: tensors that are exactly x or residual, or apart from all inputs, are required; "
-            "got a partial "
-            "overlap");
+    if (apart) continue;
+    throw std::runtime_error(std::string(name) +
+                             ": memory apart from all inputs', or exactly x or residual, is "
+                             "required; got memory that overlaps a part of one; pass another "
+                             "tensor");
   }
 }
 
 cudaStream_t current_stream(int32_t device) {
   require(aoti_torch_get_current_cuda_stream != nullptr,
-          "torch: a build with CUDA is required; got one without");
+          "torch: a build with CUDA is required; got one without; install it");
   void* stream = nullptr;
   require(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
-          "torch: a current CUDA stream is required; got none");
+          "torch: a current CUDA stream is required; got none; see torch.cuda.current_stream()");
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -252,7 +289,8 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
   const bool unfused = algorithm == "unfused";
   call.arguments.algorithm = algorithm_named(algorithm);
   require(call.arguments.algorithm || unfused || algorithm == "auto",
-          "algorithm: 'auto', 'one_shot', 'two_shot' or 'unfused' is required; got another");
+          "algorithm: 'auto', 'one_shot', 'two_shot' or 'unfused' is required; got another; pass "
+          "'auto'");
   const bool has_rows = call.arguments.rows != 0;
   const int32_t device = x.get_device_index();
   if (group_name.empty() && !call.arguments.algorithm) {  // one rank
@@ -275,7 +313,8 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
   if (workspace->device() != device) {
     throw std::runtime_error(
         "x: a tensor on cuda:" + std::to_string(workspace->device()) +
-        ", where this group's workspace is, is required; got cuda:" + std::to_string(device));
+        ", where this group's workspace is, is required; got cuda:" + std::to_string(device) +
+        "; move it, or call init() with that device current");
   }
   throw_if_failed(*workspace);
   workspace->run(call.arguments, current_stream(device));
@@ -289,7 +328,7 @@ std::tuple<Tensor, Tensor> fused_allreduce_rmsnorm(const Tensor& x, const Tensor
                                                    double weight_bias,
                                                    const std::string& group_name,
                                                    const std::string& algorithm) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device_of(x));
   Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
   // Of the contiguous call.x: empty_like keeps strides.
   Tensor norm_out = torch::stable::empty_like(call.x),
@@ -304,7 +343,7 @@ void fused_allreduce_rmsnorm_out(const Tensor& x, const Tensor& weight,
                                  double eps, double weight_bias, const std::string& group_name,
                                  const std::string& algorithm, const Tensor& norm_out,
                                  const Tensor& residual_out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device_of(x));
   Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
   check_outputs(call, x, norm_out, residual_out);
   run_call(call, x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
@@ -314,7 +353,7 @@ void fused_allreduce_rmsnorm_out(const Tensor& x, const Tensor& weight,
 void add_rmsnorm_out(const Tensor& x, const Tensor& weight, const OptionalTensor& residual,
                      const OptionalTensor& post_weight, double eps, double weight_bias,
                      const Tensor& norm_out, const Tensor& residual_out) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(cuda_device_of(x));
   Call call = make_call(x, weight, residual, post_weight, eps, weight_bias);
   check_outputs(call, x, norm_out, residual_out);
   set_outputs(call, norm_out, residual_out);

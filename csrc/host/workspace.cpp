@@ -159,7 +159,14 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
 
 Workspace::~Workspace() { close(); }
 
+void Workspace::require_unconnected() const {
+  if (inbox_ != nullptr && !connected_ && !closed_) return;
+  throw std::runtime_error(
+      "workspace: an open one, not connected yet, is required; got another; call init()");
+}
+
 std::string Workspace::ipc_handle() const {
+  require_unconnected();
   DeviceScope scope(device_);
   cudaIpcMemHandle_t handle;
   check_cuda(cudaIpcGetMemHandle(&handle, inbox_->data()), "ipc: a GPU with CUDA IPC is required");
@@ -167,9 +174,10 @@ std::string Workspace::ipc_handle() const {
 }
 
 void Workspace::open_peers(const std::vector<std::string>& handles) {
+  require_unconnected();
   if (handles.size() != ranks_) {
     throw std::invalid_argument("handles: one a rank is required; got " +
-                                std::to_string(handles.size()));
+                                std::to_string(handles.size()) + "; gather them from all ranks");
   }
   DeviceScope scope(device_);
   OutsideCapture outside;
@@ -181,9 +189,10 @@ void Workspace::open_peers(const std::vector<std::string>& handles) {
     }
     cudaIpcMemHandle_t handle;
     if (handles[r].size() != sizeof(handle)) {
-      throw std::invalid_argument(
-          "handles: " + std::to_string(sizeof(handle)) + " bytes each are required; got " +
-          std::to_string(handles[r].size()) + " from rank " + std::to_string(r));
+      throw std::invalid_argument("handles: " + std::to_string(sizeof(handle)) +
+                                  " bytes each are required; got " +
+                                  std::to_string(handles[r].size()) + " from rank " +
+                                  std::to_string(r) + "; pass what its ipc_handle() gave");
     }
     std::memcpy(&handle, handles[r].data(), sizeof(handle));
     void* inbox = nullptr;
@@ -196,21 +205,24 @@ void Workspace::open_peers(const std::vector<std::string>& handles) {
 }
 
 void Workspace::connect_local(const std::vector<std::shared_ptr<Workspace>>& ranks) {
+  require_unconnected();
   if (ranks.size() != ranks_) {
     throw std::invalid_argument("ranks: one workspace a rank is required; got " +
-                                std::to_string(ranks.size()));
+                                std::to_string(ranks.size()) + "; pass those of all ranks");
   }
   std::vector<uint8_t*> inboxes(ranks_);
   for (uint32_t r = 0; r < ranks_; ++r) {
-    if (ranks[r]->rank_ != r || ranks[r]->device_ != device_ ||
+    if (ranks[r] == nullptr || ranks[r]->inbox_ == nullptr || ranks[r]->rank_ != r ||
+        ranks[r]->ranks_ != ranks_ || ranks[r]->device_ != device_ ||
         ranks[r]->inbox_bytes_ != inbox_bytes_) {
       throw std::invalid_argument(
-          "ranks: workspaces in rank order, of one device and size, are required; got another at " +
-          std::to_string(r));
+          "ranks: open workspaces in rank order, of one device and size, are required; got another "
+          "at " +
+          std::to_string(r) + "; make all alike");
     }
-    local_inboxes_.push_back(ranks[r]->inbox_);
     inboxes[r] = ranks[r]->inbox_->data();
   }
+  for (const auto& other : ranks) local_inboxes_.push_back(other->inbox_);
   connect(inboxes);
 }
 
@@ -461,7 +473,8 @@ void run_local(int device, const CallArguments& call, cudaStream_t stream) {
     rules = &found->second;
   }
   for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
-    rows = std::min<uint64_t>(call.rows - first, UINT32_MAX);
+    // A row's number and a grid's step from there fit in 32 bits.
+    rows = std::min<uint64_t>(call.rows - first, uint64_t{1} << 31);
     const LaunchShape shape =
         shape_of(choose(*rules, rows, row_packs_of(call)), rows, row_packs_of(call));
     const LocalNormParams params{rows_from(call, first, rows, shape), shape.trigger};

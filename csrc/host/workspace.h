@@ -78,6 +78,7 @@ class GAN_API Workspace {
   uint64_t inbox_bytes() const { return inbox_bytes_; }
 
  private:
+  void require_unconnected() const;
   void connect(const std::vector<uint8_t*>& inboxes);
   void unmap_peers(bool say_farewell);
   // In the order of calls: a call of ours is what `queue` puts on the stream.

@@ -1,10 +1,9 @@
-"""The call and explain() in one process: every documented error, compile, out=, gradients."""
+"""The call and explain() in one process: compile, out=, gradients, failed peers."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import re
 from dataclasses import replace
 
 import checks
@@ -30,94 +29,9 @@ def assert_result(got, made):
 
 
 # ------------------------------------------------------------------------------------------- errors
+# Bad arguments: test_bad_arguments.py.
 
-X, W, R = t(4, 640), t(640), t(4, 640)
-BUFFER = t(8 * 640)
-ROWS = BUFFER[: 4 * 640].view(4, 640)
-
-ERRORS = {
-    "x no tensor": ({"x": [1.0]}, TypeError, "x: a Tensor is required; got list"),
-    "x sparse": ({"x": X.to_sparse()}, TypeError,
-                 "x: a dense tensor is required; got torch.sparse"),
-    "x dtype": ({"x": X.double()}, TypeError, "x: bfloat16, float16 or float32.*got float64"),
-    "x int": ({"x": X.int()}, TypeError, "x: bfloat16, float16 or float32.*got int32"),
-    "x no dimension": ({"x": t()}, ValueError, r"x: a shape \[..., hidden\] is required"),
-    "hidden bf16": ({"x": t(4, 644)}, ValueError, "multiple of 8 .bfloat16. from 8 to 16384.*644"),
-    "hidden fp32": ({"x": t(4, 6, dtype=FP32)}, ValueError,
-                    "multiple of 4 .float32. from 4.*got 6"),
-    "hidden 0": ({"x": t(4, 0)}, ValueError, "from 8 to 16384 is required; got 0"),
-    "hidden large": ({"x": t(1, 16392)}, ValueError, "got 16392; pad the rows"),
-    "weight no tensor": ({"weight": None}, TypeError, "weight: a Tensor is required; got NoneType"),
-    "weight dtype": ({"weight": W.half()}, TypeError,
-                     r"weight: the dtype of x, or float32 \(bfloat16 or float32\).*got float16"),
-    "weight dtype fp32": ({"x": X.float(), "residual": None}, TypeError,
-                          r"weight: the dtype of x, or float32 \(float32\).*got bfloat16"),
-    "weight shape": ({"weight": t(1, 640)}, ValueError, r"weight: the shape \(640,\).*\(1, 640\)"),
-    "weight length": ({"weight": t(639)}, ValueError, r"weight: the shape \(640,\).*\(639,\)"),
-    "weight device": ({"weight": t(640, device="meta")}, ValueError,
-                      "weight: the device of x, cpu, is required; got meta"),
-    "residual no tensor": ({"residual": 1}, TypeError, "residual: a Tensor is required; got int"),
-    "residual dtype": ({"residual": R.float()}, TypeError,
-                       "residual: the dtype of x, bfloat16, is required; got float32"),
-    "residual shape": ({"residual": t(1, 640)}, ValueError,
-                       r"residual: the shape of x, \(4, 640\).*\(1, 640\); residual is not broadc"),
-    "residual device": ({"residual": t(4, 640, device="meta")}, ValueError,
-                        "residual: the device of x, cpu, is required; got meta"),
-    "post_weight alone": ({"residual": None, "post_weight": W}, ValueError,
-                          "post_weight: a residual beside it is required; got residual=None"),
-    "post_weight dtype": ({"post_weight": W.float()}, TypeError,
-                          r"post_weight: the dtype of weight \(bfloat16\).*got float32"),
-    "post_weight shape": ({"post_weight": t(8)}, ValueError, r"post_weight: the shape \(640,\)"),
-    "eps str": ({"eps": "1e-6"}, TypeError, "eps: a float is required; got str"),
-    "eps tensor": ({"eps": t(4)}, TypeError, "eps: a float is required; got Tensor"),
-    "eps negative": ({"eps": -1e-6}, ValueError, "eps: a finite number, 0 or more,.*got -1e-06"),
-    "eps nan": ({"eps": float("nan")}, ValueError, "eps: a finite number, 0 or more,.*got nan"),
-    "bias inf": ({"weight_bias": float("inf")}, ValueError,
-                 "weight_bias: a finite number .*got inf"),
-    "bias None": ({"weight_bias": None}, TypeError,
-                  "weight_bias: a float is required; got NoneType"),
-    "algorithm": ({"algorithm": "best"}, ValueError,
-                  "algorithm: one of auto, one_shot.*got 'best'"),
-    "algorithm type": ({"algorithm": 1}, TypeError, "algorithm: a str is required; got int"),
-    "group type": ({"group": 1.0}, TypeError, "group: None, a ProcessGroup,.*got float"),
-    "group name": ({"group": "nobody"}, ValueError, "group: the name of a live.*got 'nobody'"),
-    "out no pair": ({"out": t(4, 640)}, TypeError, "out: two tensors are required; got Tensor"),
-    "out three": ({"out": (X, X, X)}, TypeError, "out: two tensors are required; got 3 of them"),
-    "out None": ({"out": (None, t(4, 640))}, TypeError,
-                 "norm_out: a Tensor is required; got NoneT"),
-    "out dtype": ({"out": (t(4, 640), t(4, 640, dtype=FP32))}, TypeError,
-                  "residual_out: the dtype of x, bfloat16"),
-    "out shape": ({"out": (t(640), t(4, 640))}, ValueError,
-                  r"norm_out: the shape of x, \(4, 640\)"),
-    "out strided": ({"out": (t(4, 640), t(640, 4).t())}, ValueError,
-                    r"residual_out: a contiguous tensor is required; got strides \(1, 4\)"),
-    "out misaligned": ({"out": (BUFFER[1 : 1 + 4 * 640].view(4, 640), t(4, 640))}, ValueError,
-                       "norm_out: an address that is a multiple of 16"),
-    "out each other": ({"out": (ROWS, BUFFER[8 : 8 + 4 * 640].view(4, 640))}, ValueError,
-                       "out: norm_out and residual_out in memory of their own"),
-    "out the same": ({"out": (ROWS, ROWS)}, ValueError, "norm_out and residual_out in memory"),
-    "out on a part of x": ({"x": ROWS, "out": (BUFFER[8 : 8 + 4 * 640].view(4, 640), t(4, 640))},
-                           ValueError, "norm_out: memory apart from x's, or exactly x"),
-    "out on a part of residual": (
-        {"residual": ROWS, "out": (t(4, 640), BUFFER[640 : 5 * 640].view(4, 640))},
-        ValueError, "residual_out: memory apart from residual's, or exactly residual"),
-    "out on weight": ({"weight": BUFFER[:640], "out": (t(4, 640), ROWS)}, ValueError,
-                      "residual_out: memory apart from weight's"),
-    "out on post_weight": ({"post_weight": BUFFER[640:1280], "out": (ROWS, t(4, 640))}, ValueError,
-                           "norm_out: memory apart from post_weight's"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_errors(name):
-    changes, error, words = ERRORS[name]
-    arguments = {"x": X, "weight": W, "residual": R, **changes}
-    with pytest.raises(error, match=words) as caught:
-        call(**arguments)
-    assert type(caught.value) is error
-    message = str(caught.value)
-    assert re.fullmatch(r"\w+: [^;]+; got [^;]+; [^;]+", message), "what is required; got; do"
-    assert call(X, W, R)[0].shape == X.shape  # the arguments were all right but for the change
+X, W = t(4, 640), t(640)
 
 
 @pytest.mark.parametrize("name", ["x", "weight", "residual", "post_weight", "norm_out"])
@@ -272,12 +186,6 @@ def test_explain_on_the_cpu():
     said = gemma_ar_norm.explain(64, 5376, device="cpu")
     assert (said.path, said.ranks, said.launches) == ("cpu", 1, 0)
     assert str(said) == "64 x 5376 bfloat16 on 1 rank(s): cpu; the tensors are on the CPU"
-    with pytest.raises(ValueError, match="x: a last dimension"):
-        gemma_ar_norm.explain(64, 5377)
-    with pytest.raises(ValueError, match="rows: an int, 0 or more, is required; got -1"):
-        gemma_ar_norm.explain(-1, 5376)
-    with pytest.raises(ValueError, match="algorithm: one of"):
-        gemma_ar_norm.explain(1, 5376, algorithm="best")
 
 
 def test_explain_on_a_gpu(monkeypatch):
@@ -355,8 +263,3 @@ def test_local_groups_need_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(WorkspaceError, match="local_group: a CUDA GPU is required"):
         gemma_ar_norm.local_group(2)
-    for n, error in ((1, ValueError), (9, ValueError), (2.0, TypeError), (True, TypeError)):
-        with pytest.raises(error, match=r"^n: "):
-            gemma_ar_norm.local_group(n)
-    with pytest.raises(ValueError, match="hidden_size: a multiple of 8"):
-        gemma_ar_norm.local_group(2, hidden_size=12)

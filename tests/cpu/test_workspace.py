@@ -116,28 +116,6 @@ def test_facts_of_another_build_are_read_as_far_as_they_go():
     assert "version" in str(verdict([RANKS[0], Facts.of({})]).error)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"hidden_size": 100}, ValueError, "hidden_size: a multiple of 8 from 8 to 16384.*got 100"),
-        ({"hidden_size": 16392}, ValueError, "hidden_size: .* got 16392"),
-        ({"hidden_size": 8192.0}, TypeError, "hidden_size: an int is required; got float"),
-        ({"max_rows": 0}, ValueError, "max_rows: from 1 to .* got 0"),
-        ({"max_rows": True}, TypeError, "max_rows: an int is required; got bool"),
-        ({"dtype": torch.float64}, TypeError, "dtype: bfloat16, float16 or float32.*got float64"),
-        ({"dtype": "bf16"}, TypeError, "dtype: a torch.dtype is required; got str"),
-        ({"timeout_s": 0}, ValueError, "timeout_s: more than 0 and at most 86400 .*got 0"),
-        ({"timeout_s": float("inf")}, ValueError, "timeout_s: .* got inf"),
-        ({"timeout_s": float("nan")}, ValueError, "timeout_s: .* got nan"),
-        ({"timeout_s": "30"}, TypeError, "timeout_s: a number is required; got str"),
-    ],
-)
-def test_arguments_of_init(arguments, error, words):
-    with pytest.raises(error, match=words):
-        gemma_ar_norm.init(**arguments)
-    assert workspace.find("") is None
-
-
 def test_one_rank_has_no_use_for_a_workspace():
     with gemma_ar_norm.init() as made:
         assert (made.fused, made.ranks, made.inbox_bytes) == (False, 1, 0)
