@@ -64,7 +64,7 @@ def fused_allreduce_gemma_rmsnorm(
 
     Raises TypeError, ValueError for arguments, also when one requires a gradient; WorkspaceError
     when the group's first call cannot make its workspace; PeerTimeoutError when an earlier call
-    missed a peer, and in debug mode (README) WorkspaceError when two calls overlapped (both as
+    missed a peer, and in debug mode (docs/guide.md) WorkspaceError when two calls overlapped (both as
     RuntimeError, with their text, from a compiled graph).
 
     >>> dist.init_process_group("cpu:gloo,cuda:nccl")

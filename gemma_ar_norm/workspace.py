@@ -407,9 +407,15 @@ class Workspace:
             )
 
     def synchronize(self) -> None:
-        """Waits for all work queued on the device, then `check()`."""
+        """Waits for all work queued on the device, then `check()`.
+
+        Also raises PeerTimeoutError where this rank's calls were right but peers have given up on
+        it: who is late may still find in its call all that it needs.
+        """
         if self.device >= 0:
             torch.cuda.synchronize(self.device)
+        if self._native is not None and not self.closed:
+            self._native.take_reports()
         self.check()
 
     def __enter__(self) -> Workspace:

@@ -144,6 +144,7 @@ PYBIND11_MODULE(_C, m) {
              if (!record) return py::none();
              return py::make_tuple(record->peer, record->call, record->row);
            })
+      .def("take_reports", &Workspace::take_reports, py::call_guard<py::gil_scoped_release>())
       .def("has_overlapped", &Workspace::has_overlapped)
       .def("disagreement", &Workspace::disagreement)
       .def("close", &Workspace::close, py::call_guard<py::gil_scoped_release>())

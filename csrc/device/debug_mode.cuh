@@ -53,9 +53,11 @@ GAN_KERNEL enter_call(GAN_KERNEL_PARAMETER DebugParams params) {
   };
   auto& shared = block_shared<Shared>();
   const ExchangeParams& exchange = params.exchange;
+  const CallSummary& call = params.call;
+  DebugReport* const report = params.report;
   InboxHeader* own = header_of(exchange.inbox);
   if (threadIdx.x == 0) {
-    if (add_gpu(&own->in_use, 1u) != 0) store_relaxed_sys(&params.report->overlap, uint64_t{1});
+    if (add_gpu(&own->in_use, 1u) != 0) store_relaxed_sys(&report->overlap, uint64_t{1});
     // The header starts as zeros: there is no turn 0. (After 2^32 calls it would wait in vain.)
     shared.turn = load_relaxed_gpu(&own->turn) + 1;
     store_relaxed_gpu(&own->turn, shared.turn);
@@ -66,13 +68,13 @@ GAN_KERNEL enter_call(GAN_KERNEL_PARAMETER DebugParams params) {
 
   const uint32_t turn = shared.turn, place = turn % kStages;
   const uint32_t rank = threadIdx.x / kCallFields, field = threadIdx.x % kCallFields;
-  const uint64_t mine = uint64_t{turn} << 32 | params.call.at[field];
+  const uint64_t mine = uint64_t{turn} << 32 | call.at[field];
   // Pairs with the load in await_word of that rank.
   store_relaxed_sys(&header_of(exchange.peer_inbox[rank])->calls[place][exchange.rank][field],
                     mine);
   uint64_t theirs = mine;
   if (await_word(exchange, turn, rank, &own->calls[place][rank][field], &theirs))
-    store_relaxed_sys(&params.report->calls[rank][field], theirs);
+    store_relaxed_sys(&report->calls[rank][field], theirs);
   shared.differs[threadIdx.x] = is_of_turn(theirs, turn) && theirs != mine;
   block_sync();
   if (threadIdx.x != 0) return;
@@ -80,7 +82,7 @@ GAN_KERNEL enter_call(GAN_KERNEL_PARAMETER DebugParams params) {
   for (uint32_t i = 0; i < blockDim.x; ++i) any = any || shared.differs[i];
   if (!any || !claim_once(&own->failure_claim)) return;
   fence_sys();  // who sees this sees the words above
-  store_relaxed_sys(&params.report->differs, uint64_t{1});
+  store_relaxed_sys(&report->differs, uint64_t{1});
   break_later_calls(own);
 }
 

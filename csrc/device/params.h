@@ -71,16 +71,6 @@ struct TwoShotParams {
   uint64_t zero;       // 0, which the compiler does not know
 };
 
-// A test that launches the blocks of all ranks at once has its own of the next two, below.
-#ifndef GAN_ONE_LAUNCH
-// Of all kernels that exchange.
-struct FusedParams {
-  RowParams row;
-  Trigger trigger;
-  ExchangeParams exchange;
-  TwoShotParams two_shot;
-};
-
 // What all ranks must have alike in a call. In debug mode they tell each other, each field as a
 // word.
 enum CallField : uint32_t {
@@ -104,6 +94,16 @@ struct DebugReport {
   uint64_t overlap;  // not 0: two calls of this rank ran at the same time
   uint64_t differs;  // not 0: the ranks' calls were not alike, and are in `calls`
   uint64_t calls[kMaxRanks][kCallFields];
+};
+
+// A test that launches the blocks of all ranks at once has its own of the next three, below.
+#ifndef GAN_ONE_LAUNCH
+// Of all kernels that exchange.
+struct FusedParams {
+  RowParams row;
+  Trigger trigger;
+  ExchangeParams exchange;
+  TwoShotParams two_shot;
 };
 
 // Of enter_call.

@@ -304,6 +304,21 @@ std::optional<FailureRecord> Workspace::failure() const {
   return FailureRecord::of(bits);
 }
 
+void Workspace::take_reports() {
+  const std::lock_guard<std::mutex> lock(call_mutex_);
+  if (closed_ || failure()) return;
+  DeviceScope scope(device_);
+  uint64_t board[kMaxRanks];
+  check_cuda(cudaMemcpy(board, inbox_->data() + offsetof(InboxHeader, board), sizeof(board),
+                        cudaMemcpyDeviceToHost),
+             "workspace: a readable inbox is required");
+  for (const uint64_t record : board) {
+    if (record == 0) continue;
+    __atomic_store_n(host_failure_.get(), record, __ATOMIC_RELAXED);
+    return;
+  }
+}
+
 bool Workspace::has_overlapped() const {
   return is_debug_mode() && __atomic_load_n(&debug_report_->overlap, __ATOMIC_RELAXED) != 0;
 }

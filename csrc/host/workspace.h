@@ -56,6 +56,9 @@ class GAN_API Workspace {
 
   // Whom the first failed call missed.
   std::optional<FailureRecord> failure() const;
+  // Takes over what peers have reported to this rank, whose own calls may have had all they needed:
+  // failure() has it then. Waits for the inbox to be read; to be called once the device is idle.
+  void take_reports();
   bool is_debug_mode() const { return debug_report_ != nullptr; }
   // Debug mode: compares with the peers' a call that run() does not get: one without rows, or an
   // unfused one. Of the latter it waits for what comes of that, outside of a graph capture.

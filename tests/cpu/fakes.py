@@ -70,6 +70,7 @@ class FakeWorkspace:
         self.closed = False
         self.peers: list[bytes] = []
         self.failed: tuple[int, int, int] | None = None
+        self.reported: tuple[int, int, int] | None = None  # by a peer
         self.overlapped = False
         self.calls: list[list[int]] | None = None  # of all ranks, where they differ
         self.disconnected = False
@@ -92,6 +93,10 @@ class FakeWorkspace:
 
     def failure(self) -> tuple[int, int, int] | None:
         return self.failed
+
+    def take_reports(self) -> None:
+        assert not self.closed
+        self.failed = self.failed or self.reported
 
     def has_overlapped(self) -> bool:
         return self.overlapped

@@ -1,4 +1,4 @@
-"""README.md is true: its code runs, and the names and numbers in it are those of the code."""
+"""README.md and docs/guide.md are true: their code runs, names and numbers are those of the code."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from gemma_ar_norm import _C, plan
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+GUIDE = (ROOT / "docs/guide.md").read_text()
+BOTH = README + GUIDE
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", BOTH, re.MULTILINE | re.DOTALL)
 PROGRAM = next(block for block in BLOCKS if "LOCAL_RANK" in block)
 SNIPPETS = [block for block in BLOCKS if block != PROGRAM]
 
 
 def tables() -> list[list[list[str]]]:
-    """Every table of README.md: its lines, the first of which is the head, cell by cell."""
-    found = re.findall(r"(?:^\|.*\|\n)+", README, re.MULTILINE)
+    """Every table: its lines, the first of which is the head, cell by cell."""
+    found = re.findall(r"(?:^\|.*\|\n)+", BOTH, re.MULTILINE)
     rows = [[line.strip("| ").split(" | ") for line in table.splitlines()] for table in found]
     return [[table[0], *table[2:]] for table in rows]
 
@@ -129,9 +131,10 @@ def test_commands_files_and_length():
     assert set(re.findall(r"\bmake ([\w-]+)", in_code)) <= targets
     listed = README.split("lists the targets: ")[1].split(".")[0]
     assert set(re.findall(r"`([\w-]+)`", listed)) == targets - {"help", "FORCE"}
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
     for path in re.findall(r"`((?:bench|tests|gemma_ar_norm|docs)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
-    for path in ("README.md", "docs/design.md"):
-        assert len((ROOT / path).read_text().splitlines()) <= 200, path
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text()
+        assert len(text.splitlines()) <= 200, path
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("http") or (path.parent / link).exists(), f"{path}: {link}"

@@ -215,6 +215,18 @@ def test_check_names_the_peer():
         made.check()
 
 
+def test_synchronize_learns_what_peers_have_reported():
+    """check() does not: it waits for nothing."""
+    with fake_native() as native:
+        made, inner = make(native)
+        inner.reported = (0, 7, 0)
+        made.check()
+        with pytest.raises(PeerTimeoutError, match="rank 0: its rows of call 7"):
+            made.synchronize()
+        made.close()
+        made.synchronize()
+
+
 def test_a_local_rank_cannot_be_initialised():
     class Rank:
         rank, group_name = 0, groups.LOCAL_PREFIX + "9.0"

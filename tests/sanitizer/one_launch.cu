@@ -13,12 +13,15 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
-#include "device/in_use.cuh"
+#include "device/debug_mode.cuh"
 #include "host/cuda_status.h"
+#include "host/exchange_setup.h"
 #include "runner.h"
 #include "table.h"
 
@@ -139,29 +142,94 @@ class Gpu : public Device {
   uint32_t launches_ = 0;
 };
 
-// The two kernels of debug mode: a call, and one within it.
-std::string run_debug_kernels(Gpu& gpu) {
-  uint8_t* inbox = gpu.allocate(sizeof(InboxHeader));
-  uint64_t* overlap = gpu.allocate_host_word();
-  gpu.fill(inbox, 0, sizeof(InboxHeader));
-  std::string wrong;
-  const auto in_use = [&] {
-    check(cudaDeviceSynchronize(), "debug kernels");
-    InboxHeader header;
-    gpu.download(reinterpret_cast<uint8_t*>(&header), inbox, sizeof(header));
-    return header.in_use;
+// The two kernels of debug mode, by two ranks: calls that are alike, one within another, and calls
+// that differ.
+class DebugKernels {
+ public:
+  explicit DebugKernels(Gpu& gpu) : gpu_(gpu) {
+    const uint64_t bytes = inbox_bytes(kRanks, 1, 1, kPackBytes);
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      inboxes_.push_back(gpu.allocate(bytes));
+      gpu.fill(inboxes_[rank], 0, kHeaderBytes);
+      failures_.push_back(gpu.allocate_host_word());
+      void* report = nullptr;
+      check(cudaHostAlloc(&report, sizeof(DebugReport), cudaHostAllocMapped), "report");
+      reports_.push_back(new (report) DebugReport{});
+    }
+    constexpr uint32_t kTicks = 60'000;  // a minute
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      params_.exchange.of[rank] =
+          exchange_params(InboxLayout::of(kRanks, bytes), rank, inboxes_, kTicks, failures_[rank]);
+      params_.report.of[rank] = reports_[rank];
+      for (uint32_t f = 0; f < kCallFields; ++f) params_.call.of[rank].at[f] = 100 + f;
+    }
+  }
+  ~DebugKernels() {
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      gpu_.free(inboxes_[rank]);
+      gpu_.free_host_word(failures_[rank]);
+      cudaFreeHost(reports_[rank]);
+    }
+  }
+
+  // Empty, or what is wrong.
+  std::string run() {
+    enter();
+    if (!all({1, 0, 0, 0})) return "enter_call: alike and alone, it found something";
+    enter();
+    if (!all({2, 1, 0, 0})) return "enter_call: it did not find the call before it";
+    leave();
+    leave();
+    if (!all({0, 1, 0, 0})) return "leave_call: calls are left";
+    ++params_.call.of[1].at[kFieldEps];
+    enter();
+    if (!all({1, 1, 1, 1})) return "enter_call: it did not find calls that differ";
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      for (uint32_t f = 0; f < kCallFields; ++f) {
+        for (uint32_t r = 0; r < kRanks; ++r) {
+          if (static_cast<uint32_t>(reports_[rank]->calls[r][f]) != params_.call.of[r].at[f])
+            return "enter_call: its report has other calls";
+        }
+      }
+    }
+    return "";
+  }
+
+ private:
+  static constexpr uint32_t kRanks = 2;
+  struct State {
+    uint32_t in_use;
+    uint64_t overlap, differs;
+    uint32_t failed;
   };
-  enter_call<<<1, 1>>>(inbox, overlap);
-  if (in_use() != 1 || *overlap != 0) wrong = "enter_call: alone, it found another call";
-  enter_call<<<1, 1>>>(inbox, overlap);
-  if (in_use() != 2 || *overlap != 1) wrong = "enter_call: it did not find another call";
-  leave_call<<<1, 1>>>(inbox);
-  leave_call<<<1, 1>>>(inbox);
-  if (in_use() != 0) wrong = "leave_call: calls are left";
-  gpu.free_host_word(overlap);
-  gpu.free(inbox);
-  return wrong;
-}
+
+  void enter() {
+    enter_call<<<dim3(1, kRanks), kRanks * kCallFields>>>(params_);
+    check(cudaDeviceSynchronize(), "enter_call");
+  }
+  void leave() {
+    for (uint8_t* inbox : inboxes_) leave_call<<<1, 1>>>(inbox);
+    check(cudaDeviceSynchronize(), "leave_call");
+  }
+  bool all(const State& expected) {
+    for (uint32_t rank = 0; rank < kRanks; ++rank) {
+      InboxHeader header;
+      gpu_.download(reinterpret_cast<uint8_t*>(&header), inboxes_[rank], sizeof(header));
+      const DebugReport& report = *reports_[rank];
+      if (header.in_use != expected.in_use || report.overlap != expected.overlap ||
+          report.differs != expected.differs || header.call[0].failed != expected.failed ||
+          *failures_[rank] != 0)
+        return false;
+    }
+    return true;
+  }
+
+  Gpu& gpu_;
+  std::vector<uint8_t*> inboxes_;
+  std::vector<uint64_t*> failures_;
+  std::vector<DebugReport*> reports_;
+  DebugParams params_{};
+};
 
 // The case itself stays; every kernel does with any team.
 void choose_team(Case& c, const std::string& teams, bool has_clusters) {
@@ -197,7 +265,7 @@ int run(int argc, char** argv) {
     }
     ++seed;
   }
-  const std::string wrong = run_debug_kernels(gpu);
+  const std::string wrong = DebugKernels(gpu).run();
   if (!wrong.empty()) {
     std::printf("wrong: %s\n", wrong.c_str());
     return 1;

@@ -21,6 +21,12 @@ struct FusedParams {
   OfRanks<TwoShotParams> two_shot;
 };
 
+struct DebugParams {
+  OfRanks<ExchangeParams> exchange;
+  OfRanks<CallSummary> call;
+  OfRanks<DebugReport*> report;
+};
+
 struct LocalNormParams {
   OfRanks<RowParams> row;
   Trigger trigger;
