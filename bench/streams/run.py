@@ -1,21 +1,29 @@
 """Builds bench/streams and runs it beside the plan of this machine's GPU.
 
-    python bench/streams/run.py [options of streams, see the top of streams.cu]
+    python bench/streams/run.py [--json FILE] [--plot PREFIX] [options of streams.cu, see its top]
 
-Needs nvcc and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute
-capability are asked of nvidia-smi and of streams itself.
+Prints the table, and writes the JSON and the plots, of bench_fused.py (bench/README.md). Needs nvcc
+and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute capability
+are asked of nvidia-smi and of streams itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+from harness import plots, progress  # noqa: E402
+from harness import report as reports  # noqa: E402
+
 BUILD = ROOT / "build" / "bench"
 RANKS = range(2, 9)
 
@@ -66,13 +74,51 @@ def write_rules(path: Path, streams: Path) -> None:
                 print(*rule.numbers, file=file)
 
 
-def main() -> int:
+def measure(streams: Path, rules: Path, file: Path, options: Sequence[str]) -> int:
+    """Runs streams, which prints a line a cell; returns its exit code."""
+    command = [str(streams), "--rules", str(rules), "--json", str(file), *options]
+    bar = progress.Bar(0)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            bar.show(" ".join(line.split()))
+    bar.close()
+    return process.returncode
+
+
+def report(file: Path, plot: str | None) -> None:
+    """Adds to the file what streams cannot know, and shows it."""
+    found = reports.load(file)
+    found["driver"] = reports.driver_version()
+    reports.save(found, file)
+    print(reports.table(found))
+    if plot and found["cells"]:
+        for path in plots.draw(found, plot):
+            print(f"wrote {path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Ranks as streams of one process on one GPU.",
+        epilog="All other options go to streams; they are at the top of streams.cu.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", metavar="FILE", help="where to write all numbers")
+    parser.add_argument("--plot", metavar="PREFIX", help="PREFIX_latency.png, PREFIX_roofline.png")
+    given, options = parser.parse_known_args(arguments)
+    if given.plot and plots.problem():
+        parser.error(str(plots.problem()))
     streams = build()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every rank's stream
     with tempfile.TemporaryDirectory() as directory:
         rules = Path(directory) / "rules.txt"
         write_rules(rules, streams)
-        return subprocess.run([streams, "--rules", str(rules), *sys.argv[1:]]).returncode
+        file = Path(given.json or Path(directory) / "report.json")
+        file.unlink(missing_ok=True)
+        exit_code = measure(streams, rules, file, options)
+        if file.exists():
+            report(file, given.plot)
+        return exit_code
 
 
 if __name__ == "__main__":

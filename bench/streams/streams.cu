@@ -4,15 +4,15 @@
 //
 //   streams [--ranks 2,4,8] [--hidden 4096] [--rows 1,8,64] [--form plain|residual|sandwich]
 //           [--algorithms one_shot,two_shot] [--teams 1,2,4,8] [--leads 1] [--resident 2,1]
-//           [--threads 512] [--trigger 0|1|2] [--rounds 1] [--rules FILE] [--sms -]
+//           [--threads 512] [--trigger 0|1|2] [--rounds 1] [--rules FILE] [--json FILE] [--sms -]
 //
-// --sms prints the number of multiprocessors and ends. A column for each algorithm, number of
-// blocks a team, and lead of the pushes (two-shot), and one for the plan with --rules
-// (bench/streams/run.py writes the file), with its algorithm and how it compares with the best of
-// the others. --resident: how many kernels of a rank fit on its SMs at once: with 2 the next one
-// starts early (PDL), with 1 a launch has twice the blocks, and none starts early; "/full" marks
-// those. --rounds: how often all columns are measured in turn; their medians are printed. Outputs
-// of all columns must have the same bits, or the program fails.
+// --sms prints the number of multiprocessors and ends. A line for each algorithm, number of blocks
+// a team, and lead of the pushes (two-shot), and one for the plan with --rules
+// (bench/streams/run.py writes the file), with its algorithm. --resident: how many kernels of a
+// rank fit on its SMs at once: with 2 the next one starts early (PDL), with 1 a launch has twice
+// the blocks, and none starts early; "/full" marks those. --rounds: how often all are measured in
+// turn; a line is of the replays of all rounds. --json: all numbers, in the schema of
+// bench/README.md. Outputs of all ways must have the same bits, or the program fails.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -20,8 +20,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <fstream>
-#include <limits>
 #include <map>
 #include <memory>
 #include <optional>
@@ -40,6 +40,7 @@ namespace {
 
 constexpr int kCallsAGraph = 20;
 constexpr int kWarmUps = 5, kReplays = 30;
+constexpr size_t kCopyBytes = 64 << 20;  // of a rank: more than an L2 has, with 2 ranks too
 constexpr uint64_t kTimeoutNs = 10ull * 1000 * 1000 * 1000;
 using Element = __nv_bfloat16;
 constexpr uint32_t kPackElements = 16 / sizeof(Element);
@@ -59,6 +60,12 @@ __global__ void fill(Element* data, size_t count, uint32_t seed, float scale) {
     h ^= h >> 16;
     data[i] = __float2bfloat16(scale * (static_cast<float>(h & 0xffff) / 32768.0f - 1.0f));
   }
+}
+
+__global__ void copy(const uint4* from, uint4* to, size_t count) {
+  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < count;
+       i += size_t{gridDim.x} * blockDim.x)
+    to[i] = from[i];
 }
 
 class Array {
@@ -94,6 +101,19 @@ struct RankData {
         residual_out(count, 0, 0.0f) {}
 };
 
+// ---- statistics ----
+
+// As Python's statistics.quantiles(method="inclusive") has it: between the two nearest values.
+double quantile(std::vector<double> values, double part) {
+  std::sort(values.begin(), values.end());
+  const double at = part * (values.size() - 1);
+  const size_t below = static_cast<size_t>(at);
+  const size_t above = std::min(below + 1, values.size() - 1);
+  return values[below] + (at - below) * (values[above] - values[below]);
+}
+
+double median(const std::vector<double>& values) { return quantile(values, 0.5); }
+
 // ---- a world of ranks ----
 
 enum class Form { kPlain, kResidual, kSandwich };
@@ -120,9 +140,28 @@ class World {
     for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
   }
 
-  // The epilogue alone, in a rank's share of the SMs.
-  double floor_us(uint32_t rows, const PlanRule& rule) {
-    return time_us([&](uint32_t r) {
+  // What a rank reads and writes in a second while all ranks copy, each with blocks for its share.
+  double copy_gb_s() {
+    constexpr size_t kElements = kCopyBytes / sizeof(Element);
+    std::vector<std::unique_ptr<Array>> from, to;
+    for (uint32_t r = 0; r < problem_.ranks; ++r) {
+      from.push_back(std::make_unique<Array>(kElements, r, 1.0f));
+      to.push_back(std::make_unique<Array>(kElements, r, 0.0f));
+    }
+    check(cudaDeviceSynchronize());
+    constexpr uint32_t kThreads = 512, kBlocksAMultiprocessor = 2048 / kThreads;
+    const double us = median(times_us([&](uint32_t r) {
+      copy<<<problem_.multiprocessors * kBlocksAMultiprocessor, kThreads, 0, streams_[r]>>>(
+          reinterpret_cast<const uint4*>(from[r]->data()), reinterpret_cast<uint4*>(to[r]->data()),
+          kCopyBytes / sizeof(uint4));
+      check(cudaGetLastError());
+    }));
+    return 2.0 * kCopyBytes / us / 1e3;
+  }
+
+  // The epilogue alone, in a rank's share of the SMs. Microseconds a call, of each replay.
+  std::vector<double> floor_us(uint32_t rows, const PlanRule& rule) {
+    return times_us([&](uint32_t r) {
       LocalNormParams params{call(r, rows).row, rule.trigger};
       const LaunchShape shape = shape_of(rule, rows, params.row.row_packs);
       params.row.rows = rows;
@@ -131,7 +170,7 @@ class World {
     });
   }
 
-  double fused_us(uint32_t rows, const std::vector<PlanRule>& rules) {
+  std::vector<double> fused_us(uint32_t rows, const std::vector<PlanRule>& rules) {
     const uint64_t bytes = inbox_bytes(problem_.ranks, problem_.max_rows, problem_.max_rows,
                                        problem_.hidden * sizeof(Element));
     std::vector<std::shared_ptr<Workspace>> workspaces;
@@ -145,7 +184,8 @@ class World {
       d->residual_out.poison();
     }
     check(cudaDeviceSynchronize());
-    const double us = time_us([&](uint32_t r) { workspaces[r]->run(call(r, rows), streams_[r]); });
+    const std::vector<double> us =
+        times_us([&](uint32_t r) { workspaces[r]->run(call(r, rows), streams_[r]); });
     for (auto& w : workspaces) {
       if (w->failure())
         throw std::runtime_error(
@@ -189,9 +229,10 @@ class World {
     return {DType::kBFloat16, rows, row, std::nullopt};
   }
 
-  // Median over replays of a graph in which every rank's stream has kCallsAGraph calls.
+  // Of the replays of a graph in which every rank's stream has kCallsAGraph calls, microseconds a
+  // call until the slowest rank is done.
   template <class Launch>
-  double time_us(Launch launch) {
+  std::vector<double> times_us(Launch launch) {
     for (int i = 0; i < 3; ++i) launch_all(launch);
     check(cudaDeviceSynchronize());
     cudaEvent_t fork, join, begin, end;
@@ -221,8 +262,7 @@ class World {
     check(cudaGraphExecDestroy(executable));
     check(cudaGraphDestroy(graph));
     for (cudaEvent_t event : {fork, join, begin, end}) check(cudaEventDestroy(event));
-    std::nth_element(us.begin(), us.begin() + us.size() / 2, us.end());
-    return us[us.size() / 2];
+    return us;
   }
 
   template <class Launch>
@@ -275,7 +315,7 @@ struct Options {
   std::vector<uint32_t> ranks{2, 4, 8}, rows{1, 8, 64}, teams{1, 2, 4, 8}, leads{1}, resident{2, 1};
   std::vector<std::string> algorithms{"one_shot", "two_shot"};
   uint32_t hidden = 4096, threads = 512, trigger = 1, rounds = 1;
-  std::string form = "residual", rules;
+  std::string form = "residual", rules, json;
   bool only_multiprocessors = false;
 };
 
@@ -311,6 +351,8 @@ Options parse(int argc, char** argv) {
       o.form = value;
     } else if (name == "--rules") {
       o.rules = value;
+    } else if (name == "--json") {
+      o.json = value;
     } else {
       throw std::runtime_error(name + ": no such option; see the top of streams.cu");
     }
@@ -344,21 +386,18 @@ Form form_of(const std::string& name) {
   throw std::runtime_error("--form: plain, residual or sandwich is required; got " + name);
 }
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
-// A way to do a call, and how long it took in each round.
-struct Column {
-  std::string name;
+// A way to do a call, and how long it took in each replay of all rounds.
+struct Way {
+  std::string name, path;  // path: the algorithm, of the plan
   std::vector<PlanRule> rules;
   std::vector<double> us{};
+
+  void add(const std::vector<double>& more) { us.insert(us.end(), more.begin(), more.end()); }
 };
 
 // What is to be measured of calls of a size: all that --algorithms, --teams, ... ask for.
-std::vector<Column> columns_of(const Options& o, uint32_t share) {
-  std::vector<Column> columns;
+std::vector<Way> ways_of(const Options& o, uint32_t share) {
+  std::vector<Way> ways;
   for (uint32_t teams : o.teams) {
     // A row's blocks have a warp of packs each at least, and the team fits into the share.
     if (teams > 1 && (o.hidden / kPackElements / teams < 32 || teams > share)) continue;
@@ -368,26 +407,94 @@ std::vector<Column> columns_of(const Options& o, uint32_t share) {
       };
       const std::string blocks = "/" + std::to_string(teams), full = resident == 1 ? "/full" : "";
       if (has(o.algorithms, kAlgorithmNames[0]))
-        columns.push_back({"one-shot" + blocks + full, rule(Algorithm::kOneShot, 1)});
+        ways.push_back({"one-shot" + blocks + full, "", rule(Algorithm::kOneShot, 1)});
       if (!has(o.algorithms, kAlgorithmNames[1])) continue;
       for (uint32_t lead : o.leads) {
-        columns.push_back({"two-shot" + blocks + "/" + std::to_string(lead) + full,
-                           rule(Algorithm::kTwoShot, lead)});
+        ways.push_back({"two-shot" + blocks + "/" + std::to_string(lead) + full, "",
+                        rule(Algorithm::kTwoShot, lead)});
       }
     }
   }
-  return columns;
+  return ways;
 }
 
-void measure(World& world, uint32_t rows, std::vector<Column>& columns) {
+void measure(World& world, uint32_t rows, std::vector<Way>& ways) {
   std::vector<char> expected;
-  for (Column& column : columns) {
-    column.us.push_back(world.fused_us(rows, column.rules));
+  for (Way& way : ways) {
+    way.add(world.fused_us(rows, way.rules));
     const std::vector<char> got = world.outputs(rows);
     if (expected.empty()) expected = got;
     if (got != expected) throw std::runtime_error("streams: two shapes gave different bits");
   }
 }
+
+// ---- the report ----
+
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += c;
+  }
+  return result + "\"";
+}
+
+// What is printed, and the file of --json, in the schema of bench/README.md.
+class Report {
+ public:
+  Report(const Options& o, const DeviceInfo& device)
+      : o_(o), device_(device), sms_(std::to_string(device.multiprocessors)) {
+    std::printf("%s, %s, %s SMs / ranks each, graphs of %d calls, us a call\n", device.name.c_str(),
+                driver_status().c_str(), sms_.c_str(), kCallsAGraph);
+    std::printf("%5s  %6s  %4s  %-5s  %-8s  %-16s  %-8s  %8s  %8s  %8s  %6s\n", "ranks", "hidden",
+                "rows", "dtype", "form", "algorithm", "path", "us", "p10", "p90", "/floor");
+  }
+
+  void add(uint32_t ranks, uint32_t rows, const Way& way, double floor, double copy_gb_s) {
+    const double us = median(way.us), p10 = quantile(way.us, 0.1), p90 = quantile(way.us, 0.9);
+    std::printf("%5u  %6u  %4u  %-5s  %-8s  %-16s  %-8s  %8.2f  %8.2f  %8.2f  %6.2f\n", ranks,
+                o_.hidden, rows, "bf16", o_.form.c_str(), way.name.c_str(), way.path.c_str(), us,
+                p10, p90, us / floor);
+    std::fflush(stdout);
+    std::ostringstream cell;
+    cell << "{\"ranks\": " << ranks << ", \"hidden\": " << o_.hidden << ", \"rows\": " << rows
+         << ", \"dtype\": \"bf16\", \"form\": " << quoted(o_.form)
+         << ", \"algorithm\": " << quoted(way.name) << ", \"path\": " << quoted(way.path)
+         << ", \"us\": " << us << ", \"p10\": " << p10 << ", \"p90\": " << p90
+         << ", \"captured\": true, \"multiprocessors\": " << device_.multiprocessors / ranks
+         << ", \"copy_gb_s\": " << copy_gb_s << ", \"wrong\": \"\"}";
+    cells_.push_back(cell.str());
+  }
+
+  // After every size: of a run that is stopped, what it had is left.
+  void write(bool complete) const {
+    if (o_.json.empty()) return;
+    std::ofstream file(o_.json);
+    char date[32];
+    const std::time_t now = std::time(nullptr);
+    std::strftime(date, sizeof(date), "%Y-%m-%d %H:%M UTC", std::gmtime(&now));
+    file << "{\n \"schema\": 1,\n \"harness\": \"streams\",\n \"complete\": "
+         << (complete ? "true" : "false") << ",\n \"date\": " << quoted(date)
+         << ",\n \"gpu\": " << quoted(device_.name) << ",\n \"gpus\": 1,\n \"driver\": null"
+         << ",\n \"versions\": {\"gemma_ar_norm\": " << quoted(GAN_VERSION)
+         << ", \"cuda\": " << quoted(driver_status()) << "},\n \"placement\": "
+         << quoted("ranks as streams of one process, " + sms_ + "/N SMs each")
+         << ",\n \"backend\": \"pointers\",\n \"start\": \"one graph forks to all ranks\""
+         << ",\n \"l2\": \"warm\",\n \"calls\": " << kCallsAGraph
+         << ",\n \"replays\": " << kReplays * o_.rounds
+         << ",\n \"seed\": null,\n \"environment\": {},\n \"skipped\": [],\n \"cells\": [";
+    for (size_t i = 0; i < cells_.size(); ++i) file << (i == 0 ? "\n  " : ",\n  ") << cells_[i];
+    file << "\n ]\n}\n";
+    if (!file.flush())
+      throw std::runtime_error("--json: a writable file is required; got " + o_.json);
+  }
+
+ private:
+  const Options& o_;
+  const DeviceInfo& device_;
+  const std::string sms_;
+  std::vector<std::string> cells_;
+};
 
 void run(const Options& o) {
   const DeviceInfo device = device_info(0);
@@ -395,48 +502,40 @@ void run(const Options& o) {
     std::printf("%d\n", device.multiprocessors);
     return;
   }
-  std::printf("%s, %s, bf16, %s form, %d SMs / ranks each, graphs of %d calls, us a call\n",
-              device.name.c_str(), driver_status().c_str(), o.form.c_str(), device.multiprocessors,
-              kCallsAGraph);
+  Report report(o, device);
+  report.write(false);  // a file that cannot be written is found before the measurement
   std::map<uint32_t, std::vector<PlanRule>> planned;
   if (!o.rules.empty()) planned = read_rules(o.rules);
   for (uint32_t ranks : o.ranks) {
     const uint32_t share = device.multiprocessors / ranks;
     World world(
         {ranks, o.hidden, *std::max_element(o.rows.begin(), o.rows.end()), share, form_of(o.form)});
+    const double copy_gb_s = world.copy_gb_s();
     for (uint32_t rows : o.rows) {
-      std::vector<Column> columns = columns_of(o, share);
+      std::vector<Way> ways = ways_of(o, share);
       if (planned.count(ranks) != 0) {
         const PlanRule& chosen = choose(planned[ranks], rows, o.hidden / kPackElements);
-        columns.push_back(
-            {std::string("plan:") + kAlgorithmNames[static_cast<uint32_t>(chosen.algorithm)],
-             {chosen}});
+        ways.push_back(
+            {"plan", kAlgorithmNames[static_cast<uint32_t>(chosen.algorithm)], {chosen}});
       }
-      std::vector<std::vector<double>> floors(o.resident.size());
+      std::vector<Way> floors(o.resident.size(), Way{"floor", "", {}});
       for (uint32_t round = 0; round < o.rounds; ++round) {
         for (size_t i = 0; i < floors.size(); ++i) {
           const PlanRule rule = rule_of(o, share, Algorithm::kOneShot, 1, 1, o.resident[i]);
-          floors[i].push_back(world.floor_us(rows, rule));
+          floors[i].add(world.floor_us(rows, rule));
         }
-        measure(world, rows, columns);
+        measure(world, rows, ways);
       }
-      constexpr double kNone = std::numeric_limits<double>::infinity();
-      double floor = kNone, best = kNone;
-      for (const std::vector<double>& us : floors) floor = std::min(floor, median(us));
-      std::printf("ranks %u hidden %u rows %4u  floor %.2f", ranks, o.hidden, rows, floor);
-      for (const Column& column : columns) {
-        const double us = median(column.us);
-        std::printf("  %s %.2f", column.name.c_str(), us);
-        if (column.name.rfind("plan:", 0) == 0) {
-          std::printf("  plan/best %.2f", us / best);
-        } else {
-          best = std::min(best, us);
-        }
-      }
-      std::printf("\n");
-      std::fflush(stdout);
+      const Way& floor =
+          *std::min_element(floors.begin(), floors.end(),
+                            [](const Way& a, const Way& b) { return median(a.us) < median(b.us); });
+      const double floor_us = median(floor.us);
+      report.add(ranks, rows, floor, floor_us, copy_gb_s);
+      for (const Way& way : ways) report.add(ranks, rows, way, floor_us, copy_gb_s);
+      report.write(false);
     }
   }
+  report.write(true);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""README.md and docs/guide.md are true: their code runs, names and numbers are those of the code."""
+"""README.md and docs/guide.md are true: their code runs, their names and numbers are the code's."""
 
 from __future__ import annotations
 
