@@ -297,27 +297,27 @@ void run_call(Call& call, const Tensor& x, const Tensor& weight, const OptionalT
     if (has_rows) run_local(device, call.arguments, current_stream(device));
     return;
   }
-  const std::shared_ptr<Workspace> workspace = find_workspace(group_name);
-  if (workspace != nullptr && workspace->is_debug_mode() && (unfused || !has_rows)) {
-    throw_if_failed(*workspace);
-    workspace->announce(call.arguments, unfused, current_stream(device));
-    if (unfused) throw_if_failed(*workspace);
-  }
-  // Without rows there is nothing to do, on any rank: the protocol counts no such call.
-  if (!has_rows) return;
-  if (workspace == nullptr || unfused) {
+  const auto slow_path = [&] {
     call_slow_path(x, weight, residual, post_weight, eps, weight_bias, group_name, algorithm,
                    norm_out, residual_out);
-    return;
-  }
+  };
+  const std::shared_ptr<Workspace> workspace = find_workspace(group_name);
+  // It refuses unfused calls of a local group.
+  if (workspace == nullptr || (unfused && workspace->is_local())) return slow_path();
+  throw_if_failed(*workspace);
   if (workspace->device() != device) {
     throw std::runtime_error(
         "x: a tensor on cuda:" + std::to_string(workspace->device()) +
         ", where this group's workspace is, is required; got cuda:" + std::to_string(device) +
         "; move it, or call init() with that device current");
   }
-  throw_if_failed(*workspace);
-  workspace->run(call.arguments, current_stream(device));
+  if (has_rows && !unfused) return workspace->run(call.arguments, current_stream(device));
+  // Without rows there is nothing to do, on any rank: the protocol counts no such call.
+  if (workspace->is_debug_mode())
+    workspace->announce(call.arguments, unfused, current_stream(device));
+  if (!has_rows) return;
+  throw_if_failed(*workspace);  // what has been announced
+  slow_path();
 }
 
 // ---- the ops ----

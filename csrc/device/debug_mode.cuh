@@ -1,8 +1,8 @@
 // Debug mode: before a call's kernels, the ranks tell each other what they are about to call. Where
 // they disagree nobody starts: the call and all later ones are broken (exchange.cuh), and the host
-// is told who said what. It also finds calls of a workspace that run at the same time, as replays
-// of two graphs on two streams do: such calls take the same call number, and mix up each other's
-// rows.
+// is told who said what. The same becomes of calls of a workspace that run at the same time, as
+// replays of two graphs on two streams do: such calls take the same call number, and mix up each
+// other's rows.
 //
 // Grid: enter_call is one block with a thread for each field of each rank's call, leave_call one
 // thread: before and behind a call's kernels in their stream.
@@ -57,7 +57,10 @@ GAN_KERNEL enter_call(GAN_KERNEL_PARAMETER DebugParams params) {
   DebugReport* const report = params.report;
   InboxHeader* own = header_of(exchange.inbox);
   if (threadIdx.x == 0) {
-    if (add_gpu(&own->in_use, 1u) != 0) store_relaxed_sys(&report->overlap, uint64_t{1});
+    if (add_gpu(&own->in_use, 1u) != 0) {
+      store_relaxed_sys(&report->overlap, uint64_t{1});
+      if (claim_once(&own->failure_claim)) break_later_calls(own);
+    }
     // The header starts as zeros: there is no turn 0. (After 2^32 calls it would wait in vain.)
     shared.turn = load_relaxed_gpu(&own->turn) + 1;
     store_relaxed_gpu(&own->turn, shared.turn);

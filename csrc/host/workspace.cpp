@@ -308,6 +308,7 @@ void Workspace::take_reports() {
   const std::lock_guard<std::mutex> lock(call_mutex_);
   if (closed_ || failure()) return;
   DeviceScope scope(device_);
+  OutsideCapture outside;
   uint64_t board[kMaxRanks];
   check_cuda(cudaMemcpy(board, inbox_->data() + offsetof(InboxHeader, board), sizeof(board),
                         cudaMemcpyDeviceToHost),
@@ -382,38 +383,9 @@ void Workspace::queue_in_order(cudaStream_t stream, const Queue& queue) {
 
 static constexpr const char* kStarts = "launch: a kernel that starts is required";
 
-void Workspace::run(const CallArguments& call, cudaStream_t stream) {
-  const auto launch_of = [&](uint64_t rows) {
-    return next_launch(rules_, layout_, rows, row_packs_of(call), call.algorithm);
-  };
-  PlannedLaunch next = launch_of(call.rows);
-  if (next.rows == 0) {
-    throw std::runtime_error("workspace: room for one row of " +
-                             std::to_string(row_bytes_of(call)) + " bytes is required; got " +
-                             std::to_string(layout_.area_bytes) +
-                             "; call init() with a larger hidden_size or max_rows");
-  }
-  queue_in_order(stream, [&] {
-    if (is_debug_mode()) enter_call(call, false, stream);
-    for (uint64_t first = 0;;) {
-      const LaunchShape shape = next.shape(row_packs_of(call));
-      const RowParams part = rows_from(call, first, next.rows, shape);
-      const FusedParams params{
-          part, shape.trigger, exchange_,
-          two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
-      check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
-      first += next.rows;
-      if (first >= call.rows) break;
-      next = launch_of(call.rows - first);
-    }
-    if (is_debug_mode()) leave_call(stream);
-  });
-}
-
-// ---- debug mode ----
-
 static CallSummary summary_of(const CallArguments& call, bool unfused) {
   const auto bits = [](float value) {
+    value += 0.0f;  // -0 is 0
     uint32_t word;
     std::memcpy(&word, &value, sizeof(word));
     return word;
@@ -432,22 +404,57 @@ static CallSummary summary_of(const CallArguments& call, bool unfused) {
   return summary;
 }
 
-void Workspace::enter_call(const CallArguments& call, bool unfused, cudaStream_t stream) {
-  const DebugParams params{exchange_, summary_of(call, unfused), debug_report_.get()};
-  check_cuda(launch_enter_call(ranks_, params, stream), kStarts);
-}
+// What is queued in its life is a call that the ranks compare before; also where it is queued in
+// part, for an exception.
+class Workspace::DebugCall {
+ public:
+  DebugCall(Workspace& workspace, const CallArguments& call, bool unfused, cudaStream_t stream)
+      : inbox_(workspace.inbox_->data()), stream_(stream) {
+    const DebugParams params{workspace.exchange_, summary_of(call, unfused),
+                             workspace.debug_report_.get()};
+    check_cuda(launch_enter_call(workspace.ranks_, params, stream), kStarts);
+  }
+  ~DebugCall() { launch_leave_call(inbox_, stream_); }
+  DebugCall(const DebugCall&) = delete;
+  DebugCall& operator=(const DebugCall&) = delete;
 
-void Workspace::leave_call(cudaStream_t stream) {
-  check_cuda(launch_leave_call(inbox_->data(), stream), kStarts);
-}
+ private:
+  uint8_t* inbox_;
+  cudaStream_t stream_;
+};
 
 void Workspace::announce(const CallArguments& call, bool unfused, cudaStream_t stream) {
-  queue_in_order(stream, [&] {
-    enter_call(call, unfused, stream);
-    leave_call(stream);
-  });
+  queue_in_order(stream, [&] { DebugCall(*this, call, unfused, stream); });
   if (unfused && !is_capturing(stream))
     check_cuda(cudaStreamSynchronize(stream), "stream: a usable one is required");
+}
+
+void Workspace::run(const CallArguments& call, cudaStream_t stream) {
+  const auto launch_of = [&](uint64_t rows) {
+    return next_launch(rules_, layout_, rows, row_packs_of(call), call.algorithm);
+  };
+  PlannedLaunch next = launch_of(call.rows);
+  if (next.rows == 0) {
+    throw std::runtime_error("workspace: room for one row of " +
+                             std::to_string(row_bytes_of(call)) + " bytes is required; got " +
+                             std::to_string(layout_.area_bytes) +
+                             "; call init() with a larger hidden_size or max_rows");
+  }
+  queue_in_order(stream, [&] {
+    std::optional<DebugCall> debug_call;
+    if (is_debug_mode()) debug_call.emplace(*this, call, false, stream);
+    for (uint64_t first = 0;;) {
+      const LaunchShape shape = next.shape(row_packs_of(call));
+      const RowParams part = rows_from(call, first, next.rows, shape);
+      const FusedParams params{
+          part, shape.trigger, exchange_,
+          two_shot_params(ranks_, part.rows, part.row_packs, shape.teams, shape.lead_rows)};
+      check_cuda(launch_fused(call.dtype, ranks_, params, shape, stream), kStarts);
+      first += next.rows;
+      if (first >= call.rows) break;
+      next = launch_of(call.rows - first);
+    }
+  });
 }
 
 // Of the local kernels: small launches let the next one start early, large ones take whole SMs, as

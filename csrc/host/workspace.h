@@ -59,6 +59,7 @@ class GAN_API Workspace {
   // Takes over what peers have reported to this rank, whose own calls may have had all they needed:
   // failure() has it then. Waits for the inbox to be read; to be called once the device is idle.
   void take_reports();
+  bool is_local() const { return !local_inboxes_.empty(); }
   bool is_debug_mode() const { return debug_report_ != nullptr; }
   // Debug mode: compares with the peers' a call that run() does not get: one without rows, or an
   // unfused one. Of the latter it waits for what comes of that, outside of a graph capture.
@@ -88,8 +89,7 @@ class GAN_API Workspace {
   template <class Queue>
   void queue_in_order(cudaStream_t stream, const Queue& queue);
   void order_after_other_streams(cudaStream_t stream);
-  void enter_call(const CallArguments& call, bool unfused, cudaStream_t stream);
-  void leave_call(cudaStream_t stream);
+  class DebugCall;
 
   int device_;
   uint32_t rank_, ranks_;

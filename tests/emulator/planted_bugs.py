@@ -646,10 +646,17 @@ BUGS = (
         "debug",
     ),
     bug(
+        "debug mode: calls are never over",
+        DEBUG_MODE,
+        "in_use, 0u - 1); }",
+        "in_use, 0u); }",
+        "debug",
+    ),
+    bug(
         "debug mode: calls that differ are made",
         DEBUG_MODE,
-        "  break_later_calls(own);\n",
-        "",
+        "  break_later_calls(own);\n}",
+        "}",
         "debug",
     ),
     bug(

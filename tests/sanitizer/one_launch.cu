@@ -142,8 +142,8 @@ class Gpu : public Device {
   uint32_t launches_ = 0;
 };
 
-// The two kernels of debug mode, by two ranks: calls that are alike, one within another, and calls
-// that differ.
+// The two kernels of debug mode, by two ranks: calls that are alike, one within another, calls that
+// differ, and a rank that does not come.
 class DebugKernels {
  public:
   explicit DebugKernels(Gpu& gpu) : gpu_(gpu) {
@@ -172,18 +172,20 @@ class DebugKernels {
     }
   }
 
-  // Empty, or what is wrong.
-  std::string run() {
-    enter();
+  // Each for a new object. Empty, or what is wrong.
+  std::string overlap() {
+    enter(kRanks);
     if (!all({1, 0, 0, 0})) return "enter_call: alike and alone, it found something";
-    enter();
-    if (!all({2, 1, 0, 0})) return "enter_call: it did not find the call before it";
+    enter(kRanks);
+    if (!all({2, 1, 0, 1})) return "enter_call: it did not find the call before it";
     leave();
     leave();
-    if (!all({0, 1, 0, 0})) return "leave_call: calls are left";
+    return all({0, 1, 0, 1}) ? "" : "leave_call: calls are left";
+  }
+  std::string differ() {
     ++params_.call.of[1].at[kFieldEps];
-    enter();
-    if (!all({1, 1, 1, 1})) return "enter_call: it did not find calls that differ";
+    enter(kRanks);
+    if (!all({1, 0, 1, 1})) return "enter_call: it did not find calls that differ";
     for (uint32_t rank = 0; rank < kRanks; ++rank) {
       for (uint32_t f = 0; f < kCallFields; ++f) {
         for (uint32_t r = 0; r < kRanks; ++r) {
@@ -192,6 +194,13 @@ class DebugKernels {
         }
       }
     }
+    return "";
+  }
+  std::string absent() {
+    params_.exchange.of[0].timeout_ticks = 250;
+    enter(1);  // of the two ranks the first alone
+    const FailureRecord record = FailureRecord::of(*failures_[0]);
+    if (*failures_[0] == 0 || record.peer != 1) return "enter_call: the absent rank is not named";
     return "";
   }
 
@@ -203,8 +212,8 @@ class DebugKernels {
     uint32_t failed;
   };
 
-  void enter() {
-    enter_call<<<dim3(1, kRanks), kRanks * kCallFields>>>(params_);
+  void enter(uint32_t ranks) {
+    enter_call<<<dim3(1, ranks), kRanks * kCallFields>>>(params_);
     check(cudaDeviceSynchronize(), "enter_call");
   }
   void leave() {
@@ -265,8 +274,9 @@ int run(int argc, char** argv) {
     }
     ++seed;
   }
-  const std::string wrong = DebugKernels(gpu).run();
-  if (!wrong.empty()) {
+  for (const std::string& wrong :
+       {DebugKernels(gpu).overlap(), DebugKernels(gpu).differ(), DebugKernels(gpu).absent()}) {
+    if (wrong.empty()) continue;
     std::printf("wrong: %s\n", wrong.c_str());
     return 1;
   }
