@@ -337,7 +337,16 @@ def test_torch_is_no_build_requirement_and_nccl_no_hard_one():
 
 # ---- what the packages hold ----------------------------------------------------------------------
 
-SHIPPED_DIRECTORIES = ("csrc", "gemma_ar_norm", "tests", "bench", "buildtools", "tools", "docs")
+SHIPPED_DIRECTORIES = (
+    "csrc",
+    "gemma_ar_norm",
+    "tests",
+    "bench",
+    "buildtools",
+    "tools",
+    "docs",
+    "examples",
+)
 SHIPPED_FILES = (
     ".ci/run",
     "CHANGELOG.md",

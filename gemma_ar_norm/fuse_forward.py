@@ -1,0 +1,162 @@
+"""The forwards that `fuse` gives to a decoder layer, the final norm and the embedding.
+
+They are functions on the instances. `Handoff` carries a norm from where it was computed, behind a
+layer, to the module that transformers calls for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import api
+from .families import Call
+
+WEIGHT_BIAS = 1.0  # of all families in families.py
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block of a layer, as it will run. fused: its mixer returns this rank's part of a sum."""
+
+    mixer: Any
+    call: Call
+    post_norm: Any
+    dropout: Any
+    fused: bool
+
+
+class Handoff:
+    """From one layer to the next: a hidden state, and the norm of it that the next one will need.
+
+    giver, taker: the modules on both sides.
+    `take` gives the norm to whoever asks with that very tensor, once; None for any other, and for
+    one that was written to since. Where torch does not count writes, nothing is handed over past a
+    hook, which might write.
+    """
+
+    def __init__(self, giver: Any, taker: Any) -> None:
+        self._giver, self._taker = giver, taker
+        self._hidden: Tensor | None = None
+        self._normed: Tensor | None = None
+        self._version = 0
+
+    def put(self, hidden: Tensor, normed: Tensor) -> None:
+        hooks = self._giver._forward_hooks or self._taker._forward_pre_hooks
+        if hooks and not _writes_are_counted(hidden):
+            return
+        self._hidden, self._normed = hidden, normed
+        self._version = _writes(hidden)
+
+    def take(self, hidden: Tensor) -> Tensor | None:
+        same = self._hidden is hidden and self._version == _writes(hidden)
+        normed = self._normed if same else None
+        self._hidden = self._normed = None
+        return normed
+
+
+def _writes_are_counted(hidden: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or hidden.is_inference())
+
+
+def _writes(hidden: Tensor) -> int:
+    return hidden._version if _writes_are_counted(hidden) else 0
+
+
+def _refuse_gradients() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "fuse: disabled gradients are required, for no gradient is computed; got enabled ones; "
+            "call within torch.no_grad() or torch.inference_mode(), or unfuse(model)"
+        )
+
+
+def layer_forward(
+    original: Callable[..., Any],
+    steps: list[Step],
+    norms: list[Any],
+    before: Handoff,
+    behind: Handoff,
+    group: Any,
+) -> Callable[..., Any]:
+    """A decoder layer's forward. norms: one before each step, and that behind the last."""
+    parameters = list(inspect.signature(inspect.unwrap(original)).parameters.values())[2:]
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _refuse_gradients()
+        given = {**defaults, **dict(zip(names, args))}  # noqa: B905
+        given.update((name, kwargs.pop(name)) for name in names if name in kwargs)
+
+        h = hidden_states
+        x = before.take(h)
+        if x is None:
+            x = norms[0](h)
+        for step, norm in zip(steps, norms[1:], strict=True):
+            arguments = {one.keyword: one.value(given) for one in step.call.arguments}
+            if arguments:
+                y = step.mixer(hidden_states=x, **arguments, **kwargs)
+            else:
+                y = step.mixer(x)
+            if step.call.takes_first or isinstance(y, tuple):
+                y = y[0]
+            if step.dropout is not None and step.dropout.training and step.dropout.p > 0.0:
+                raise RuntimeError(
+                    f"fuse: a model without dropout is required; got p={step.dropout.p} while "
+                    "training; call model.eval()"
+                )
+            if step.fused:
+                x, h = api.fused_allreduce_gemma_rmsnorm(
+                    y,
+                    norm.weight,
+                    h,
+                    post_weight=None if step.post_norm is None else step.post_norm.weight,
+                    eps=norm.eps,
+                    weight_bias=WEIGHT_BIAS,
+                    group=group,
+                )
+            else:
+                h = h + (y if step.post_norm is None else step.post_norm(y))
+                x = norm(h) if norm is not norms[-1] else None
+        if x is not None:
+            behind.put(h, x)
+        return h
+
+    return forward
+
+
+def norm_forward(norm: Any, before: Handoff) -> Callable[..., Any]:
+    """The final norm's forward."""
+    own = norm.__dict__.get("forward")
+
+    def forward(x: Tensor) -> Any:
+        normed = before.take(x)
+        if normed is not None:
+            return normed
+        return type(norm).forward(norm, x) if own is None else own(x)
+
+    return forward
+
+
+def embedding_forward(
+    partial: Callable[[Tensor], Tensor], norm: Any, behind: Handoff, group: Any
+) -> Callable[..., Any]:
+    def forward(input_ids: Tensor) -> Tensor:
+        _refuse_gradients()
+        normed, hidden = api.fused_allreduce_gemma_rmsnorm(
+            partial(input_ids),
+            norm.weight,
+            eps=norm.eps,
+            weight_bias=WEIGHT_BIAS,
+            group=group,
+        )
+        behind.put(hidden, normed)
+        return hidden
+
+    return forward
