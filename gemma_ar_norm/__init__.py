@@ -4,13 +4,15 @@
 
 See `fused_allreduce_gemma_rmsnorm` for what it computes, `init` for the workspace of a group,
 `explain` for the path that a call takes, `local_group` for ranks without processes,
-`FusedAllReduceGemmaRMSNorm` for the module, and `fuse` for models of Hugging Face transformers.
+`FusedAllReduceGemmaRMSNorm` for the module, `fuse` for models of Hugging Face transformers, and
+`inductor_options` for torch.compile to find such calls in a model.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from .api import Explanation, explain, fused_allreduce_gemma_rmsnorm
 from .errors import PeerTimeoutError, WorkspaceError
+from .fusion import FusionRecord, fusion_report, inductor_options
 from .library import _C  # first: the others need the ops it loads
 from .modules import FusedAllReduceGemmaRMSNorm
 from .workspace import (
@@ -34,6 +36,7 @@ __all__ = [
     "FusedAllReduceGemmaRMSNorm",
     "FusedSite",
     "Fusion",
+    "FusionRecord",
     "LocalGroup",
     "LocalRank",
     "PeerTimeoutError",
@@ -45,6 +48,8 @@ __all__ = [
     "explain",
     "fuse",
     "fused_allreduce_gemma_rmsnorm",
+    "fusion_report",
+    "inductor_options",
     "init",
     "local_group",
     "synchronize",

@@ -35,6 +35,7 @@ from torch import Tensor
 import gemma_ar_norm
 from gemma_ar_norm import WorkspaceError, groups, launcher, plan
 from gemma_ar_norm.library import _C
+from gpu import compile_cases
 
 BF16, FP16, FP32 = checks.DTYPES
 ROWS = (1, 4, 8, 15, 64, 127, 128, 256, 333, 998, 1024, 2048)
@@ -52,6 +53,7 @@ CASES: dict[str, Callable[[Ranks], None]] = {}
 MIN_WORLD: dict[str, int] = {}
 # Each is a run of its own: it ends its group, or needs another placement.
 APART = ("deadline", "a_rank_that_raises", "shares_that_differ")
+APART += tuple(function.__name__ for function in compile_cases.CASES)  # those take long
 
 
 def case(function=None, *, world: int = 2):
@@ -61,6 +63,10 @@ def case(function=None, *, world: int = 2):
     CASES[function.__name__] = function
     MIN_WORLD[function.__name__] = world
     return function
+
+
+for function in compile_cases.CASES:
+    case(function)
 
 
 def cases_of(world: int) -> list[str]:
@@ -157,6 +163,12 @@ class Ranks:
         """Collective. Every rank of the group put the same bits into its digest."""
         found = groups.all_gather_json(groups.resolve(group), digest.text())
         self.expect(len(set(found)) == 1, f"{what}: ranks have different bits: {found}")
+
+    def expect_same_bits_everywhere(self, *tensors: Tensor) -> None:
+        """Collective, of the default group."""
+        digest = Digest()
+        digest.add(*tensors)
+        self.expect_equal_everywhere(digest)
 
     @contextmanager
     def expect_raises(self, kind: type[Exception], *words: str) -> Iterator[list[Exception]]:
