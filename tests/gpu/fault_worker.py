@@ -414,13 +414,13 @@ def killed_between_calls(me: Me, mode: str) -> None:
     "a rank is killed in a call, another comes after that",
     LOST.format(IN_CALL_TIMEOUT_S),
     kills=True,
-    each=(*FUSED, "graph"),
+    each=MODES,
 )
 def killed_in_a_call(me: Me, mode: str) -> None:
     victim = me.choose_victim()
     late = 1 if victim == 0 else 0
     # Many rows: those that the victim pushed before it died may be finished, others cannot be.
-    rows = 512 if me.gpu and mode != "graph" else ROWS
+    rows = 512 if me.gpu and mode in FUSED else ROWS
     way = prepare(me, mode, IN_CALL_TIMEOUT_S, rows=rows)
     me.meet()
     if me.rank == victim:
@@ -516,22 +516,24 @@ def a_group(me: Me) -> Iterator[Any]:
     dist.destroy_process_group(group)
 
 
-@case("a rank is stopped for less than the timeout", "the calls' results are right; no error")
-def a_short_stall(me: Me) -> None:
+@case(
+    "a rank is stopped for less than the timeout",
+    "the call's results are right; no error",
+    each=MODES,
+)
+def a_short_stall(me: Me, mode: str) -> None:
     stalled = me.world - 1
-    ways = [prepare(me, mode, LONG_TIMEOUT_S) for mode in FUSED]
+    way = prepare(me, mode, LONG_TIMEOUT_S)
     me.meet()
     start = time.monotonic()
     if me.rank == stalled:
         me.stall(1.5)
     else:
         me.await_stall(stalled)
-    for way in ways:
-        way.queue()
+    way.queue()
     gemma_ar_norm.synchronize()
-    for way in ways:
-        for made, outputs in way.calls():
-            me.expect_bits(made, outputs, "after a short stall")
+    for made, outputs in way.calls():
+        me.expect_bits(made, outputs, "after a short stall")
     me.note("right results, after", time.monotonic() - start)
     me.expect(time.monotonic() - start >= 1.0, "nobody was stopped")
 

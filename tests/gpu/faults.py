@@ -65,12 +65,13 @@ RUNS = (
         ),
     ),
     FaultRun(
-        "killed, with graphs",
-        6,
+        "killed with graphs",
+        7,
         (
             "killed_between_calls[graph]",
             "killed_between_calls[compiled]",
             "killed_in_a_call[graph]",
+            "killed_in_a_call[compiled]",
             "killed_in_close",
         ),
     ),
