@@ -1,4 +1,4 @@
-"""The soak: random calls of everything against the contract, for as long as one likes.
+"""The soak: random calls against the contract, for as long as one likes.
 
     python -m gemma_ar_norm soak --minutes M [--seed S] [--ranks N] [--as streams|processes]
 
@@ -7,6 +7,9 @@ no outputs must be left alone. What is called follows from the seed (soak_calls.
 makes the same calls in the same order, on any machine of the same kind. The first batch with a
 mismatch or an exception ends the run on all ranks, with exit code 1 and the command that repeats
 that batch.
+
+Calls are eager and in graphs, of all ranks and of one alone, with the fused algorithms. Not among
+them: algorithm="unfused", which promises no bits on GPUs; torch.compile; debug mode.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +55,10 @@ WORKER = (sys.executable, "-m", "gemma_ar_norm", "soak", "--worker")
 START_AND_END_S = 300.0  # what processes may take beyond the minutes asked for
 WITHOUT_MINUTES_S = 3600.0  # what processes may take for batches that are asked for by number
 PROGRESS_S, PROGRESS_ON_A_TERMINAL_S = 10.0, 0.2
-REPORT_S = 0.5  # how often the first process says how far it is
+# What ranks wait for each other: in exchanges of init and of calls on the CPU; and in agreeing on
+# how a batch ended, to which a rank may come late, from such an exchange or a kernel (TIMEOUT_S).
+GROUP_TIMEOUT_S, AGREE_TIMEOUT_S = 120.0, 180.0
+EXIT_INTERRUPTED = 130  # as a shell has it after Ctrl-C
 MAX_PROBLEM = 3000  # characters
 
 # Of each stream: what the outputs and dense copies of a batch take, so that the allocator asks CUDA
@@ -71,12 +78,17 @@ class Streams:
     for the device; and memory and torch's kernels are there before.
     """
 
+    alone = None  # one rank, for there is no default group
+
     def __init__(self, ranks: int) -> None:
         self.setting = Setting(ranks, gpu=True, streams=True)
         self.mine = range(ranks)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.where = f"{ranks} ranks as streams on {torch.cuda.get_device_name(self.device)}"
         self._group: Any = None
+        # The first call of one rank loads its kernels: before a rank waits.
+        x = torch.ones(1, 64, device=self.device)
+        gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, x[0], group=self.alone)
 
     def renew(self, *, how: str, **arguments: Any) -> None:
         """A new workspace, made in this way."""
@@ -100,14 +112,17 @@ class Streams:
         for call in calls:
             for rank in self._group:
                 with torch.cuda.stream(rank.stream):
-                    call.run(rank.rank, rank)
+                    self._run(call, rank)
+
+    def _run(self, call: Call, rank: Any) -> None:
+        call.run(rank.rank, self.alone if call.kind.alone else rank)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         """A graph a rank; returns what replays them."""
 
         def of_rank(rank: Any) -> None:
             for call in calls:
-                call.run(rank.rank, rank)
+                self._run(call, rank)
 
         graphs = [
             capture(functools.partial(of_rank, rank), rank.stream, self.device)
@@ -128,6 +143,9 @@ class Streams:
         """Raises PeerTimeoutError where a call has missed a peer, WorkspaceError in debug mode."""
         self._group.synchronize()
 
+    def failed(self, text: str, *, raised: bool) -> None:
+        """Nobody else is to hear of it."""
+
     def agree(self, message: Any) -> list[Any]:
         return [message]
 
@@ -141,11 +159,15 @@ class Processes:
     """This process's rank among the others, on a GPU or on the CPU."""
 
     def __init__(self) -> None:
-        rank, world, self.device = launcher.init_from_env(timeout_s=4 * 60.0)
+        rank, world, self.device = launcher.init_from_env(timeout_s=GROUP_TIMEOUT_S)
         gpu = self.device.type == "cuda"
         self.setting = Setting(world, gpu=gpu, streams=False)
         self.mine = (rank,)
         self.group: Any = None
+        self.alone, _ = dist.new_subgroups(1, backend="gloo")
+        # Not the group of calls and init: there a rank may still be when another has failed.
+        limit = timedelta(seconds=AGREE_TIMEOUT_S)
+        self._agreement = groups.resolve(dist.new_group(backend="gloo", timeout=limit))
         where = os.environ.get(launcher.PLACEMENT, f"{world} processes")
         name = f" on {torch.cuda.get_device_name(self.device)}" if gpu else ""
         self.where = f"{world} ranks as processes{name} ({where})"
@@ -161,7 +183,7 @@ class Processes:
         if self.setting.gpu:
             torch.cuda.empty_cache()  # graphs that have gone
         if how == "new group":
-            self.group = dist.new_group(list(range(self.setting.ranks)))
+            self.group = dist.new_group(timeout=timedelta(seconds=GROUP_TIMEOUT_S))
         if how == "close, first call":
             hidden = arguments["hidden_size"]
             x = torch.ones(1, hidden, dtype=arguments["dtype"], device=self.device)
@@ -184,7 +206,7 @@ class Processes:
                     other.mul_(other).sum()
 
     def _run(self, call: Call) -> None:
-        call.run(self.mine[0], self.group)
+        call.run(self.mine[0], self.alone if call.kind.alone else self.group)
 
     def capture(self, calls: Sequence[Call]) -> Callable[[], None]:
         """A graph; on the CPU the calls themselves. Returns what replays it."""
@@ -204,8 +226,27 @@ class Processes:
     def check(self) -> None:
         gemma_ar_norm.synchronize(self.group)
 
+    def failed(self, text: str, *, raised: bool) -> None:
+        """Says so at once, for the others may never come to agree.
+
+        raised: they may wait for this rank in an exchange. It closes its connections, so that they
+        fail there now and not after GROUP_TIMEOUT_S.
+        """
+        print(text, file=sys.stderr, flush=True)
+        if raised:
+            for group in [None] if self.group is None else [None, self.group]:
+                self._hang_up(group)
+
+    def _hang_up(self, group: Any) -> None:
+        """gloo closes a rank's connections when the time of an operation is over."""
+        peer = (self.mine[0] + 1) % self.setting.ranks
+        with contextlib.suppress(RuntimeError, ValueError):  # closed already, or destroyed
+            work = dist.irecv(torch.empty(1), group=group, tag=groups.TAG + 1, group_src=peer)
+            if work is not None:
+                work.wait(timedelta(milliseconds=1))
+
     def agree(self, message: Any) -> list[Any]:
-        return groups.all_gather_json(groups.resolve(None), message)
+        return groups.all_gather_json(self._agreement, message)
 
     def close(self) -> None:
         """With the default group, and so all workspaces."""
@@ -255,7 +296,7 @@ class Counts:
             self.by_category[category][value] += 1
 
     def _path(self, kind: Any, group: Any) -> dict[str, str]:
-        key = (kind.rows, kind.hidden, kind.dtype, kind.algorithm)
+        key = (kind.rows, kind.hidden, kind.dtype, kind.algorithm, kind.alone)
         if key not in self._paths:
             said = gemma_ar_norm.explain(*key[:3], group=group, algorithm=kind.algorithm)
             launches = str(said.launches) if said.launches < 2 else "several"
@@ -294,7 +335,8 @@ def run_batch(ranks: Any, seed: int, batch: Batch, counts: Counts) -> tuple[int,
         made += len(calls)
         for i, (call, count) in enumerate(zip(calls, wrong, strict=True)):
             assert call.data is not None
-            counts.add(batch, i, call.data, ranks.group)
+            group = ranks.alone if call.kind.alone else ranks.group
+            counts.add(batch, i, call.data, group)
             if count:
                 text = call.explain() or f"{count} elements differed, and none when looked at again"
                 which = f"call {i} of {len(calls)}, {batch.mode}, {number + 1} of {batch.replays}"
@@ -340,7 +382,7 @@ def soak(
     for number in itertools.count(first):
         report["batch"] = number
         tell(report)
-        made, mismatches = 0, 0
+        made, mismatches, raised = 0, 0, False
         problems: list[str] = []
         try:
             if number == first or number % BATCHES_A_WORKSPACE == 0:
@@ -350,9 +392,11 @@ def soak(
             batch = batch_of(seed, number, ranks.setting)
             made, mismatches, problems = run_batch(ranks, seed, batch, counts)
         except Exception:
-            problems = [traceback.format_exc().strip()[-MAX_PROBLEM:]]
+            problems, raised = [traceback.format_exc().strip()[-MAX_PROBLEM:]], True
         report["calls"] += made
         report["seconds"] = time.monotonic() - start
+        if problems:
+            ranks.failed("\n".join(failure(report, problems[:1])), raised=raised)
         own = {
             "problem": problems[0][:MAX_PROBLEM] if problems else "",
             "mismatches": mismatches,
@@ -386,9 +430,8 @@ def summary(report: Report) -> str:
     if report["missing"]:
         lines.append("no call of: " + "; ".join(report["missing"]))
     if report["problems"]:
-        lines += ["", f"FAILED in batch {report['batch']} of seed {report['seed']}:"]
-        lines += [f"  {problem}" for problem in report["problems"]]
-    if report["problems"] or not report["finished"]:
+        lines += failure(report, report["problems"])
+    elif not report["finished"]:
         lines += ["", *repeat_commands(report)]
     ended = "" if report["finished"] else "did not finish: "
     lines.append(
@@ -396,6 +439,11 @@ def summary(report: Report) -> str:
         f"{report['mismatches']:,} mismatches, seed {report['seed']}, {report['where']}"
     )
     return "\n".join(lines)
+
+
+def failure(report: Report, problems: Sequence[str]) -> list[str]:
+    first = f"FAILED in batch {report['batch']} of seed {report['seed']}:"
+    return ["", first, *(f"  {problem}" for problem in problems), "", *repeat_commands(report)]
 
 
 def repeat_commands(report: Report) -> list[str]:
@@ -415,11 +463,13 @@ class Progress:
     """A line that is rewritten on a terminal; elsewhere a line now and then."""
 
     def __init__(self) -> None:
+        self.report: Report | None = None  # the latest
         self._on_terminal = sys.stdout.isatty()
         self._every_s = PROGRESS_ON_A_TERMINAL_S if self._on_terminal else PROGRESS_S
         self._next = time.monotonic() + self._every_s
 
     def __call__(self, report: Report) -> None:
+        self.report = report
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + self._every_s
@@ -442,12 +492,9 @@ class ReportFile:
     """What the first process writes, and the one that started it reads."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._next = path, 0.0
+        self._path = path
 
     def __call__(self, report: Report) -> None:
-        if time.monotonic() < self._next and not report["finished"]:
-            return
-        self._next = time.monotonic() + REPORT_S
         new = self._path.with_suffix(".new")
         new.write_text(json.dumps(report))
         new.replace(self._path)
@@ -488,8 +535,13 @@ def main(arguments: Sequence[str] | None = None, worker: Sequence[str] = WORKER)
     print(f"soak: seed {seed}, {ranks} ranks as {ranks_as}", flush=True)
     run = _run_streams if ranks_as == "streams" else functools.partial(_run_processes, worker)
     with _shown() as progress:
-        report, exit_code, more = run(ranks, seed, batches, options.minutes, progress)
-    if report is not None:
+        try:
+            report, exit_code, more = run(ranks, seed, batches, options.minutes, progress)
+        except KeyboardInterrupt:
+            report, exit_code, more = progress.report, EXIT_INTERRUPTED, "soak: interrupted"
+    if report is None:
+        print(f"soak: did not finish: no batch, seed {seed}, {ranks} ranks as {ranks_as}")
+    else:
         print(summary(report))
         if options.json is not None:
             Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
@@ -518,8 +570,9 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="python -m gemma_ar_norm soak",
-        description="Random calls of everything, each compared with reference.py bit for bit. "
-        "Exit code 1 and the command that repeats it at the first mismatch.",
+        description="Random calls, each compared with reference.py bit for bit. Exit code 1 and "
+        "the command that repeats it at the first mismatch or exception; 130 after Ctrl-C. Not "
+        'among the calls: algorithm="unfused", torch.compile and debug mode.',
     )
     parser.add_argument(
         "--minutes",

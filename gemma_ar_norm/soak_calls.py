@@ -90,6 +90,7 @@ class Kind:
     weight_layout: str
     differ: bool  # each rank has a residual of its own
     between: bool  # torch's ops between this call and the next
+    alone: bool  # each rank calls on a group of its own: there is nothing to reduce
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,7 +152,7 @@ def batch_of(seed: int, number: int, setting: Setting) -> Batch:
     count = rng.randint(2 if chained else 1, MAX_CALLS)
     calls = [call_of(seed, (number, index), setting) for index in range(count)]
     if chained:
-        first = calls[0]
+        first = replace(calls[0], alone=False)  # so that all ranks have the same outputs
         if first.form == "plain":
             first = replace(first, form=rng.choice(FORMS[1:]))
         # The others have its shape, and new tensors as outputs, which are inputs of the next.
@@ -190,7 +191,7 @@ def call_of(seed: int, index: tuple[int, int], setting: Setting) -> Kind:
             return "dense"  # an output must be
         return rng.choice(LAYOUTS[1:])
 
-    return Kind(
+    kind = Kind(
         rows=rows,
         hidden=hidden,
         dtype=dtype,
@@ -206,7 +207,11 @@ def call_of(seed: int, index: tuple[int, int], setting: Setting) -> Kind:
         weight_layout=layout(),
         differ=form != "plain" and rng.random() < 0.25,
         between=rng.random() < 0.3 and not setting.streams,
+        alone=False,
     )
+    if rng.random() < 0.06:
+        return replace(kind, alone=True, algorithm="auto")  # one rank has no fused kernels
+    return kind
 
 
 def _hidden(rng: random.Random, pack: int) -> int:
@@ -392,25 +397,26 @@ class Call:
 
         if self.before is not None:  # all ranks have the same outputs there
             x, residual = self.before.expected[self.mine[0]]
-            same = reference.fused_allreduce_gemma_rmsnorm(
-                [x] * self.ranks, weight, residual, **options
-            )
+            xs = [x] * (1 if kind.alone else self.ranks)
+            same = reference.fused_allreduce_gemma_rmsnorm(xs, weight, residual, **options)
             self.expected = dict.fromkeys(self.mine, same)
         else:
             h = h[:elements].view(tensors, kind.rows, kind.hidden)
             values = numbers(h, kind.dtype, data.exponent)
             plant(data.values, values, h, self.ranks)
             sources = [one.view(kind.shape) for one in values]
-            found: dict[int, tuple[Tensor, Tensor]] = {}  # by the place of the residual
+            # By the places of the first x and of the residual.
+            found: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
             for r in self.mine:
-                place = self.ranks + (r if kind.differ else 0)
-                own = sources[place] if residuals else None
+                xs = sources[r : r + 1] if kind.alone else sources[: self.ranks]
+                place = r if kind.alone else 0, self.ranks + (r if kind.differ else 0)
+                own = sources[place[1]] if residuals else None
                 self._x[r].copy_(sources[r])
                 if own is not None:
                     self._residual[r].copy_(own)
                 if place not in found:
                     found[place] = reference.fused_allreduce_gemma_rmsnorm(
-                        sources[: self.ranks], weight, own, **options
+                        xs, weight, own, **options
                     )
                 self._sources[r], self.expected[r] = (sources[r], own), found[place]
         self._poison()
@@ -518,6 +524,7 @@ def categories_of(batch: Batch, kind: Kind, data: Data) -> dict[str, str]:
         "algorithm": kind.algorithm,
         "mode": batch.mode,
         "weights": "fp32" if kind.weight_dtype == torch.float32 else "of T",
+        "ranks": "one" if kind.alone else "all",
         "residuals": "of each rank" if kind.differ else "none" if kind.form == "plain" else "one",
         "rows": rows,
         "shape": kind.shape_of,
@@ -538,6 +545,7 @@ def all_categories(setting: Setting) -> dict[str, tuple[str, ...]]:
         "algorithm": ALGORITHMS,
         "mode": (*sum(modes, ()), *({"two streams"} & set(setting.hows))),
         "weights": ("of T", "fp32"),
+        "ranks": ("all", "one"),
         "residuals": ("none", "one", "of each rank"),
         "rows": ("0", "1", "2 to 9", "10 and more"),
         "shape": SHAPES,
@@ -549,6 +557,6 @@ def all_categories(setting: Setting) -> dict[str, tuple[str, ...]]:
         "workspace": tuple(dict.fromkeys(setting.renewals)),
     }
     if setting.gpu:
-        found["path"] = FUSED_ALGORITHMS
+        found["path"] = (*FUSED_ALGORITHMS, "local")
         found["launches"] = ("0", "1", "several")
     return found

@@ -8,8 +8,11 @@ import json
 import re
 import shlex
 import sys
+import threading
+import time
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import checks
 import pytest
@@ -42,6 +45,7 @@ KIND = Kind(
     weight_layout="misaligned",
     differ=True,
     between=False,
+    alone=False,
 )
 DATA = Data(key=1 << 60 | 12345, values="ordinary", exponent=0, weight_values="ordinary",
             weight_exponent=-3)  # fmt: skip
@@ -243,6 +247,27 @@ def test_residuals_of_each_rank_and_expected_results():
     assert not torch.equal(before, call.expected[0][0])
 
 
+@pytest.mark.parametrize("differ", [True, False])
+def test_expected_results_of_one_rank(differ):
+    """Those of its own x alone; also in a chain, where x is what a call of all ranks gave."""
+    call = filled(replace(KIND, alone=True, differ=differ))
+    for r in range(3):
+        (x, residual), options = call._sources[r], {"post_weight": call._post_weight}
+        wants = reference.fused_allreduce_gemma_rmsnorm([x], call._weight, residual, **options)
+        for got, want in zip(call.expected[r], wants, strict=True):
+            checks.assert_bit_equal(got, want)
+    dense = replace(KIND, x_layout="dense", residual_layout="dense", differ=False)
+    before = filled(dense)
+    after = Call(replace(dense, alone=True), 3, range(3), CPU, before)
+    after.fill(DATA)
+    x, residual = before.expected[2]
+    wants = reference.fused_allreduce_gemma_rmsnorm(
+        [x], after._weight, residual, post_weight=after._post_weight
+    )
+    for got, want in zip(after.expected[2], wants, strict=True):
+        checks.assert_bit_equal(got, want)
+
+
 @pytest.mark.parametrize("out", soak_calls.OUTS)
 def test_outputs_are_poisoned_and_inputs_are_not(out):
     """So that what a call does not write is seen: also where the values are those of before."""
@@ -313,12 +338,13 @@ def streams_without_gpu(monkeypatch):
 
     class KnownCall(Call):
         def run(self, r, group):
-            current[:] = [self]
+            current[:] = [self, r]
             super().run(r, group)
 
     def fused(x, weight, residual, *, post_weight, eps, weight_bias, group, algorithm, out):
-        call = current[0]
-        assert on[0] == group.stream
+        call, r = current
+        assert on[0] == f"stream {r}"
+        assert group is None if call.kind.alone else group.rank == r
         if on[1] == "captured":
             return (
                 (torch.empty(x.shape, dtype=x.dtype), torch.empty_like(x)) if out is None else out
@@ -328,7 +354,8 @@ def streams_without_gpu(monkeypatch):
             xs = [call._sources[r][0] for r in call.mine]
         else:
             xs = [call.before.expected[r][0] for r in call.mine]
-        checks.assert_bit_equal(x.contiguous(), xs[group.rank])
+        checks.assert_bit_equal(x.contiguous(), xs[r])
+        xs = xs[r : r + 1] if call.kind.alone else xs
         result = reference.fused_allreduce_gemma_rmsnorm(
             xs, weight, residual, post_weight=post_weight, eps=eps, weight_bias=weight_bias
         )
@@ -395,7 +422,7 @@ def test_streams_with_a_wrong_result(streams_without_gpu, monkeypatch):
 
     def wrong(x, *rest, group, **options):
         norm_out, residual_out = fake(x, *rest, group=group, **options)
-        if group.rank == 2 and x.numel() and len(streams_without_gpu) > 200:
+        if group is not None and group.rank == 2 and x.numel() and len(streams_without_gpu) > 200:
             norm_out.view(-1)[-1] = 123.0
         return norm_out, residual_out
 
@@ -423,6 +450,85 @@ def test_an_exception_ends_the_run_in_words(streams_without_gpu, monkeypatch):
     assert "--seed 3 --ranks 2 --as streams --batch 7\n" in soak.summary(report)
 
 
+def test_a_rank_says_what_is_wrong_before_it_asks_the_others(
+    streams_without_gpu, monkeypatch, capsys
+):
+    def raises(*arguments, **options):
+        raise ZeroDivisionError("as the test wants it")
+
+    class Lonely(FakeStreams):
+        def failed(self, text, *, raised):
+            assert raised
+            soak.Processes.failed(self, text, raised=False)
+
+        def agree(self, message):
+            raise gemma_ar_norm.WorkspaceError("nobody came")
+
+    monkeypatch.setattr(gemma_ar_norm, "fused_allreduce_gemma_rmsnorm", raises)
+    with pytest.raises(gemma_ar_norm.WorkspaceError, match="nobody came"):
+        soak.soak(Lonely(2), 3, (7, None), 0.1, lambda one: None)
+    said = capsys.readouterr().err
+    assert "FAILED in batch 7 of seed 3:\n  Traceback" in said
+    assert "ZeroDivisionError: as the test wants it\n" in said
+    assert "--seed 3 --ranks 2 --as streams --batch 7\n" in said
+
+
+def test_ctrl_c_ends_with_the_summary(streams_without_gpu, monkeypatch, capsys):
+    fake = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
+
+    def interrupted(*arguments, **options):
+        if len(streams_without_gpu) > 200:
+            raise KeyboardInterrupt
+        return fake(*arguments, **options)
+
+    monkeypatch.setattr(gemma_ar_norm, "fused_allreduce_gemma_rmsnorm", interrupted)
+    monkeypatch.setattr(launcher, "gpu_count", lambda: 1)
+    monkeypatch.setattr(soak, "Streams", FakeStreams)
+    assert soak.main(["--minutes", "9", "--ranks", "3", "--seed", "11"]) == 130
+    said = capsys.readouterr()
+    last = said.out.splitlines()[-1]
+    found = re.fullmatch(
+        r"soak: did not finish: (\d+) calls in \d+ s, 0 mismatches, seed 11, nowhere", last
+    )
+    assert found is not None, last
+    assert 10 < int(found[1]) < 200
+    assert "soak --seed 11 --ranks 3 --as streams --batch " in said.out
+    assert said.err == "soak: interrupted\n"
+
+
+def test_ctrl_c_with_processes(monkeypatch, capsys):
+    """As the launcher ends then; before the first batch, and after a report of the ranks."""
+    report = {
+        "seed": 5, "ranks": 2, "as": "processes", "where": "there", "minutes": 1.0, "seconds": 2.0,
+        "batch": 26, "calls": 77, "mismatches": 0, "problems": [], "counts": {}, "missing": [],
+        "finished": False,
+    }  # fmt: skip
+    shown = threading.Event()
+
+    class Progress(soak.Progress):
+        def __call__(self, report):
+            super().__call__(report)
+            shown.set()
+
+    def run(command, *arguments, **options):
+        if reports:
+            soak.ReportFile(Path(command[command.index("--worker") + 1]))(report)
+            assert shown.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(soak, "Progress", Progress)
+    monkeypatch.setattr(launcher, "run", run)
+    for reports, last in (
+        (False, "soak: did not finish: no batch, seed 5, 2 ranks as processes"),
+        (True, "soak: did not finish: 77 calls in 2 s, 0 mismatches, seed 5, there"),
+    ):
+        assert soak.main(["--minutes", "1", "--ranks", "2", "--seed", "5"]) == 130
+        said = capsys.readouterr()
+        assert said.out.splitlines()[-1] == last
+        assert said.err == "soak: interrupted\n"
+        assert ("--batch 25-26\n" in said.out) == reports
+
+
 def test_a_missing_peer_is_named(streams_without_gpu, monkeypatch):
     error = gemma_ar_norm.PeerTimeoutError("rank 1: its rows are required", 1, 0, 0)
     monkeypatch.setattr(FakeGroup, "error", error)
@@ -436,20 +542,20 @@ def test_a_missing_peer_is_named(streams_without_gpu, monkeypatch):
 
 def test_two_processes(tmp_path, capsys):
     file = tmp_path / "report.json"
-    arguments = ["soak", "--minutes", "0.03", "--ranks", "2", "--seed", "42", "--json", str(file)]
+    arguments = ["soak", "--minutes", "0.005", "--ranks", "2", "--seed", "7", "--json", str(file)]
     assert command_line.main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
     report = json.loads(file.read_text())
-    assert said[0] == "soak: seed 42, 2 ranks as processes"
+    assert said[0] == "soak: seed 7, 2 ranks as processes"
     seconds = f"{report['seconds']:.0f}"
     assert said[-1] == (
-        f"soak: {report['calls']:,} calls in {seconds} s, 0 mismatches, seed 42, "
+        f"soak: {report['calls']:,} calls in {seconds} s, 0 mismatches, seed 7, "
         "2 ranks as processes (2 CPU processes)"
     )
-    assert report["seconds"] >= 1.8
-    assert report["calls"] >= 10
+    assert report["seconds"] >= 0.3
+    assert report["counts"]["ranks"]["one"] >= 1  # in batch 0 of this seed
     assert report["problems"] == []
-    assert (report["seed"], report["ranks"], report["mismatches"]) == (42, 2, 0)
+    assert (report["seed"], report["ranks"], report["mismatches"]) == (7, 2, 0)
     for category in ("dtype", "form", "algorithm", "mode"):
         assert sum(report["counts"][category].values()) == report["calls"]
         assert any(line.startswith(f"  {category}: ") for line in said)
@@ -466,8 +572,11 @@ from gemma_ar_norm import soak
 right = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
 
 def wrong(x, *rest, **options):
+    chosen = os.environ["RANK"] == "1" and x.numel() > 15000
+    if chosen:
+        pass
     norm_out, residual_out = right(x, *rest, **options)
-    if os.environ["RANK"] == "1" and x.numel() > 15000:
+    if chosen:
         residual_out.view(-1)[9] = 5.5
     return norm_out, residual_out
 
@@ -503,6 +612,28 @@ def big(seed: int, number: int) -> bool:
     return any(kind.rows * kind.hidden > 15000 for kind in calls)
 
 
+def any_alone(seed: int, number: int) -> bool:
+    return any(kind.alone for kind in soak_calls.batch_of(seed, number, ON_CPU).calls)
+
+
+def test_an_exception_on_one_rank(tmp_path, capsys):
+    """The other one waits for its rows then; both end, and say why."""
+    program = tmp_path / "raises.py"
+    program.write_text(PLANT.replace("pass", "raise ZeroDivisionError('as planted')"))
+    worker = [sys.executable, str(program), "--worker"]
+    seed = next(s for s in range(100) if big(s, 0) and not any_alone(s, 0))
+    started = time.monotonic()
+    arguments = ["--batch", "0-100", "--ranks", "2", "--seed", str(seed)]
+    assert soak.main(arguments, worker) == 1
+    assert time.monotonic() - started < soak.GROUP_TIMEOUT_S
+    said = capsys.readouterr().out
+    assert f"FAILED in batch 0 of seed {seed}:" in said
+    assert "on rank 1: Traceback" in said
+    assert "ZeroDivisionError: as planted" in said
+    assert f"--seed {seed} --ranks 2 --as processes --batch 0\n" in said
+    assert "PeerTimeoutError: rank 1: rows of a call" in said  # on rank 0
+
+
 def test_a_process_that_dies(tmp_path, capsys):
     """In the middle of a batch: the exit code is not 0, and its last words are shown."""
     program = tmp_path / "dies.py"
@@ -511,9 +642,10 @@ def test_a_process_that_dies(tmp_path, capsys):
     )
     worker = [sys.executable, str(program), "--worker"]
     assert soak.main(["--batch", "0-100", "--ranks", "2", "--seed", "1"], worker) == 9
+    batch = next(number for number in range(100) if big(1, number))
     said = capsys.readouterr()
     assert "did not finish" in said.out
-    assert "--seed 1 --ranks 2 --as processes --batch " in said.out
+    assert f"--seed 1 --ranks 2 --as processes --batch {batch}\n" in said.out
     assert "last words" in said.err
     assert "2 CPU processes: rank 1 ended with 9" in said.err
 

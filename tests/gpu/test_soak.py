@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import checks
@@ -33,7 +34,9 @@ def test_twenty_seconds(ranks, ranks_as, tmp_path):
     assert (report["ranks"], report["as"], report["mismatches"]) == (ranks, ranks_as, 0)
     assert report["calls"] >= 100  # of time-sliced processes too
     assert sum(report["counts"]["form"].values()) == report["calls"]
-    assert set(report["counts"]["path"]) == {"one_shot", "two_shot"}
+    paths, of_ranks = report["counts"]["path"], report["counts"]["ranks"]
+    assert set(paths) - {"local"} == {"one_shot", "two_shot"}
+    assert paths.get("local", 0) == of_ranks.get("one", 0)  # few: none, where calls are slow
     assert {"1", "several"} <= set(report["counts"]["launches"])
     assert "0 mismatches, seed" in run.stdout.splitlines()[-1]
 
@@ -44,7 +47,7 @@ def test_streams_with_a_wrong_result(monkeypatch):
 
     def wrong(x, *rest, group, **options):
         norm_out, residual_out = right(x, *rest, group=group, **options)
-        if group.rank == 1:
+        if group is not None and group.rank == 1:
             residual_out.fill_(5.5)
         return norm_out, residual_out
 
@@ -56,6 +59,7 @@ def test_streams_with_a_wrong_result(monkeypatch):
             for n in range(1000)
             if soak_calls.batch_of(1, n, setting).mode == how
             and soak_calls.batch_of(1, n, setting).calls[0].rows > 0
+            and not soak_calls.batch_of(1, n, setting).calls[0].alone
         )
         streams = soak.Streams(2)
         try:
@@ -67,6 +71,40 @@ def test_streams_with_a_wrong_result(monkeypatch):
         assert "rank 1: residual_out[" in problem
         assert "is 5.5, must be" in problem
         assert report["mismatches"] > 0
+
+
+RAISES = """
+import itertools, os, sys
+import gemma_ar_norm
+from gemma_ar_norm import soak, soak_calls
+
+right, calls = gemma_ar_norm.fused_allreduce_gemma_rmsnorm, itertools.count(1)
+
+def raises(*arguments, **options):
+    if os.environ["RANK"] == "1" and next(calls) == 12:
+        raise ZeroDivisionError("as planted")
+    return right(*arguments, **options)
+
+gemma_ar_norm.fused_allreduce_gemma_rmsnorm = raises
+soak_calls.TIMEOUT_S = 5.0
+sys.exit(soak.main(sys.argv[1:]))
+"""
+
+
+def test_an_exception_on_one_rank(tmp_path, capsys):
+    """The other one's kernel waits for it then; both end, and say why."""
+    program = tmp_path / "raises.py"
+    program.write_text(RAISES)
+    worker = [sys.executable, str(program), "--worker"]
+    arguments = ["--batch", "0-100", "--ranks", "2", "--as", "processes", "--seed", "1"]
+    started = time.monotonic()
+    assert soak.main(arguments, worker) == 1
+    assert time.monotonic() - started < soak.GROUP_TIMEOUT_S
+    said = capsys.readouterr().out
+    assert "on rank 1: Traceback" in said
+    assert "ZeroDivisionError: as planted" in said
+    assert "soak --seed 1 --ranks 2 --as processes --batch " in said
+    assert "did not finish" not in said
 
 
 def test_values_are_those_of_the_cpu():
