@@ -64,8 +64,9 @@ def fused_allreduce_gemma_rmsnorm(
 
     Raises TypeError, ValueError for arguments, also when one requires a gradient; WorkspaceError
     when the group's first call cannot make its workspace; PeerTimeoutError when an earlier call
-    missed a peer, and in debug mode (docs/guide.md) WorkspaceError when two calls overlapped or the
-    ranks' calls differed (both as RuntimeError, with their text, from a compiled graph).
+    missed a peer (on the CPU: this one); WorkspaceError when the ranks' calls differed (on the CPU
+    always, on GPUs in debug mode: docs/guide.md) and, in debug mode, when two calls overlapped
+    (all as RuntimeError, with their text, from a compiled graph).
 
     >>> dist.init_process_group("cpu:gloo,cuda:nccl")
     >>> gemma_ar_norm.init(hidden_size=5376)

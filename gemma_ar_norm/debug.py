@@ -1,7 +1,8 @@
 """Debug mode, GEMMA_AR_NORM_DEBUG=1: before a call its ranks compare what they are about to call.
 
-In the fused kernels' place csrc/device/debug_mode.cuh does it, on the device; on the other paths
-the ranks exchange it through their group. Set it on all ranks or on none.
+In the fused kernels' place csrc/device/debug_mode.cuh does it, on the device; on the unfused path
+the ranks exchange it through their group. Set it on all ranks or on none. On the CPU path they
+always do, whatever it is: gloo does not check that what comes has the size of what was asked for.
 """
 
 from __future__ import annotations
@@ -68,12 +69,9 @@ def difference(calls: Sequence[Sequence[Any]]) -> str:
     """In words, in what the ranks' calls differ and on which ranks; "" where they are alike."""
     found = []
     for field, values in zip(FIELDS, zip(*calls, strict=True), strict=True):
-        ranks_of: dict[Any, list[int]] = {}
-        for rank, value in enumerate(values):
-            ranks_of.setdefault(value, []).append(rank)
-        if len(ranks_of) > 1:
-            said = [f"{value} on {_ranks(ranks)}" for value, ranks in ranks_of.items()]
-            found.append(f"{field} {' and '.join(said)}")
+        differ = groups.who_has(values, _as_in_kernels)
+        if differ:
+            found.append(f"{field} {differ}")
     if not found:
         return ""
     return (
@@ -82,9 +80,15 @@ def difference(calls: Sequence[Sequence[Any]]) -> str:
     )
 
 
-def compare(group: groups.Group, *arguments: Any) -> None:
-    """Raises WorkspaceError on every rank where their calls (`summary_of`) differ. Collective."""
-    text = difference(groups.all_gather_json(group, summary_of(*arguments)))
+def compare(group: groups.Group, timeout_s: float, *arguments: Any) -> None:
+    """Raises WorkspaceError on every rank where their calls (`summary_of`) differ. Collective.
+
+    And where some are not in a call. RanksLost, after timeout_s: see groups.all_gather_json.
+    """
+    if group.process_group is None:  # one rank, or a local group
+        return
+    summaries = groups.all_gather_json(group, summary_of(*arguments), "a call", timeout_s)
+    text = difference(summaries)
     if text:
         raise WorkspaceError(text)
 
@@ -93,5 +97,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def _as_in_kernels(value: Any) -> Any:
+    """eps and weight_bias as float32, and -0.0 as 0.0: what the device compares."""
+    if not isinstance(value, float):
+        return value
+    return struct.unpack("f", struct.pack("f", value))[0] + 0.0

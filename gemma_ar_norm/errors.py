@@ -11,7 +11,8 @@ def shown(value: object) -> str:
 
 
 class WorkspaceError(RuntimeError):
-    """A workspace cannot be made or used. Every rank of the group raises it with the same text; but
+    """A workspace cannot be made or used, or the ranks do not make the same calls: found on the CPU
+    path always, elsewhere in debug mode. Every rank of the group raises it with the same text; but
     where a rank is lost in `init`, each names those from which it did not hear."""
 
 
@@ -25,7 +26,8 @@ class PeerTimeoutError(RuntimeError):
     each workspace, modulo 2^32; a call that is larger than the workspace counts as several. row:
     one that was missed, counted from the first of that part. A rank that waits when another's
     report comes names what that one names; two that run out at the same moment can name different
-    ones. On the CPU path, whose time limit is the group's own, call and row are -1.
+    ones. On the CPU path call and row are -1; and who learns of a lost rank only from the others,
+    who have given up, may name one of those.
     """
 
     def __init__(self, message: str, peer: int, call: int, row: int) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import PeerTimeoutError, WorkspaceError
+from .errors import WorkspaceError
 
 
 class _NoDistributed:
@@ -36,6 +37,7 @@ NO_GROUP = ""  # the name that stands for one rank without a group
 LOCAL_PREFIX = "gemma_ar_norm.local."  # names of ranks of a local_group
 CHUNK_BYTES = 4096  # of a message in one all-gather
 TAG = 0x67616E  # of our messages: not that of a user's
+TAG_OF_NOTHING, TAG_OF_ROWS = TAG + 1, TAG + 2
 
 
 @dataclass(frozen=True)
@@ -215,17 +217,24 @@ def exchange_device(process_group: Any) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def all_gather_json(group: Group, message: Any) -> list[Any]:
+def all_gather_json(
+    group: Group,
+    message: Any,
+    doing: str = "another exchange",
+    timeout_s: float | None = None,
+) -> list[Any]:
     """Every rank's message, in rank order. Collective.
 
-    It needs nothing but all_gather of uint8: no numpy, no pickle. A message of any length goes
-    in chunks of CHUNK_BYTES, the first of which says how long it is.
-    Raises WorkspaceError where a rank is lost: see `_gather`.
+    It needs nothing but tensors of uint8: no numpy, no pickle. A message of any length goes in
+    chunks of CHUNK_BYTES, the first of which says how long it is. All messages of this package
+    begin so; what has another size follows where all ranks have been found to do the same.
+    doing: what this is for. Where that differs between ranks all raise WorkspaceError, which says
+        what each is doing. timeout_s: of each chunk; see `_gather`, also for RanksLost.
     """
-    data = json.dumps(message, separators=(",", ":")).encode()
     if group.size == 1:
-        return [json.loads(data)]
+        return [json.loads(json.dumps(message))]
     device = exchange_device(group.process_group)
+    data = json.dumps([doing, message], separators=(",", ":")).encode()
     data = len(data).to_bytes(8, "little") + data
 
     received = [b""] * group.size
@@ -233,71 +242,82 @@ def all_gather_json(group: Group, message: Any) -> list[Any]:
     while offset < longest:
         chunk = data[offset : offset + CHUNK_BYTES].ljust(CHUNK_BYTES, b"\0")
         sent = torch.tensor(list(chunk), dtype=torch.uint8, device=device)
-        try:
-            parts = _gather(group, sent)
-        except _RanksLost as lost:
-            raise WorkspaceError(
-                f"group: every rank's part in the exchange of init() is required on "
-                f"{group.name!r}; got none from {lost}; {_AFTER_A_LOSS}"
-            ) from lost
+        parts = _gather(group, sent, TAG, timeout_s)
         received = [old + bytes(part.tolist()) for old, part in zip(received, parts, strict=True)]
         offset += CHUNK_BYTES
         longest = max(8 + int.from_bytes(r[:8], "little") for r in received)
-    return [json.loads(r[8 : 8 + int.from_bytes(r[:8], "little")]) for r in received]
+    all_said = [json.loads(r[8 : 8 + int.from_bytes(r[:8], "little")]) for r in received]
+    differ = who_has([said[0] for said in all_said])
+    if differ:
+        raise WorkspaceError(
+            f"group: the same on all ranks is required; got {differ}, on group {group.name!r}; "
+            "make all calls of the group in the same order on all ranks, from one thread"
+        )
+    return [said[1] for said in all_said]
 
 
-def all_gather_rows(group: Group, x: Tensor) -> list[Tensor]:
+def all_gather_rows(group: Group, x: Tensor, timeout_s: float | None = None) -> list[Tensor]:
     """Every rank's contiguous CPU tensor `x`, in rank order. Collective. Of any dtype.
 
-    Raises PeerTimeoutError where a rank is lost: see `_gather`.
+    The same number of bytes on all ranks: they have compared their calls (debug.py). gloo does not
+    check that, and ends the process or leaves garbage. For timeout_s and RanksLost see `_gather`.
     """
     if group.size == 1 or x.numel() == 0:
         return [x] * group.size
+    parts = _gather(group, x.view(-1).view(torch.uint8), TAG_OF_ROWS, timeout_s)
+    return [part.view(x.dtype).view(x.shape) for part in parts]
+
+
+def refuse_cpu_tensors(group: Group) -> None:
+    """Raises ValueError where CPU tensors have no way to the group's other ranks."""
     if group.is_local:
         raise ValueError(
             "x: a CUDA tensor is required by a local group, whose ranks are streams of one GPU; "
             "got a CPU tensor; pass a CUDA tensor, or group=None for one rank"
         )
-    if "cpu" not in devices_of(group.process_group):
+    if group.size > 1 and "cpu" not in devices_of(group.process_group):
         backends = dist.get_backend_config(group.process_group)
         raise ValueError(
             "x: a CPU tensor needs a group with a CPU backend; "
             f"got a group with the backends {backends!r}; move x to the GPU, or make the group "
             'with backend="cpu:gloo,cuda:nccl"'
         )
-    try:
-        parts = _gather(group, x.view(-1).view(torch.uint8))
-    except _RanksLost as lost:
-        raise PeerTimeoutError(
-            f"{lost}: rows of a call on group {group.name!r} are required within the group's "
-            f"timeout; got none; {_AFTER_A_LOSS}",
-            lost.ranks[0] if lost.ranks else -1,
-            -1,
-            -1,
-        ) from lost
-    return [part.view(x.dtype).view(x.shape) for part in parts]
 
 
-_AFTER_A_LOSS = (
+def who_has(values: Sequence[Any], key: Callable[[Any], Any] = lambda value: value) -> str:
+    """Of all ranks' values: "4 on ranks 0, 2 and 5 on rank 1"; "" where their keys are alike."""
+    ranks_of: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_of.setdefault(key(value), []).append(rank)
+    if len(ranks_of) == 1:
+        return ""
+    return " and ".join(f"{values[ranks[0]]} on {_ranks(ranks)}" for ranks in ranks_of.values())
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+AFTER_A_LOSS = (
     "see what became of it, then make a new process group of the ranks that are left, and call "
     "init() with that"
 )
 
 
-class _RanksLost(Exception):
-    """ranks: from which nothing came; [] where the backend does not tell."""
+class RanksLost(RuntimeError):
+    """ranks: from which nothing came; [] where the backend does not tell, but in its own words."""
 
-    def __init__(self, ranks: list[int]) -> None:
-        numbers = ", ".join(map(str, ranks))
-        super().__init__(f"rank{'s' * (len(ranks) > 1)} {numbers}" if ranks else "some rank")
+    def __init__(self, ranks: list[int], words: str = "") -> None:
+        super().__init__(_ranks(ranks) if ranks else f"some rank ({words})")
         self.ranks = ranks
 
 
-def _gather(group: Group, sent: Tensor) -> list[Tensor]:
+def _gather(group: Group, sent: Tensor, tag: int, timeout_s: float | None) -> list[Tensor]:
     """Every rank's `sent`, flat and of one size on all ranks, in rank order. Collective.
 
-    Raises _RanksLost: of a process that has ended at once, through gloo; else after the group's own
-    timeout. The group is of no use after that, and it is remembered who was lost. gloo's all_gather
+    timeout_s: through gloo; None, and elsewhere: the group's own.
+    Raises RanksLost: of a process that has ended at once, through gloo; else after that time.
+    The group is of no use after that, and it is remembered who was lost. gloo's all_gather
     would not do: it hands parts on from rank to rank, and those that are no neighbours of the lost
     one were seen to wait for the timeout. So with gloo every rank hears from every other one, and
     knows whom it did not hear from.
@@ -307,14 +327,14 @@ def _gather(group: Group, sent: Tensor) -> list[Tensor]:
         try:
             dist.all_gather(parts, sent, group=group.process_group)
         except RuntimeError as error:
-            raise _RanksLost([]) from error
+            raise RanksLost([], str(error)) from error
         return parts
 
     if group.name in _lost:
-        raise _RanksLost(_lost[group.name])
+        raise RanksLost(_lost[group.name])
     errors: dict[int, RuntimeError] = {}
     works: list[tuple[int, Any]] = []
-    options = {"group": group.process_group, "tag": TAG}
+    options = {"group": group.process_group, "tag": tag}
     parts[group.rank].copy_(sent)
     for peer in (r for r in range(group.size) if r != group.rank):
         # All are begun, also where one fails: the others wait for ours.
@@ -326,15 +346,19 @@ def _gather(group: Group, sent: Tensor) -> list[Tensor]:
                 works.append((peer, begin(**options)))
             except RuntimeError as error:
                 errors.setdefault(peer, error)
+    end = None if timeout_s is None else time.monotonic() + timeout_s
     for peer, work in works:
         try:
-            work.wait()
+            if end is None:
+                work.wait()
+            else:  # gloo takes 0 for its own timeout
+                work.wait(timedelta(seconds=max(end - time.monotonic(), 1e-3)))
         except RuntimeError as error:
             errors.setdefault(peer, error)
     if errors:
         _lost[group.name] = sorted(errors)
         _hang_up(group, sent)
-        raise _RanksLost(sorted(errors)) from next(iter(errors.values()))
+        raise RanksLost(sorted(errors)) from next(iter(errors.values()))
     return parts
 
 
@@ -342,14 +366,14 @@ def _hang_up(group: Group, like: Tensor) -> None:
     """Closes this rank's connections, as gloo does when an operation's time is over.
 
     Some may have heard from the lost rank, in this exchange. In the next they find this one closed,
-    instead of waiting for it: then they name it, too.
+    instead of waiting for it: then they name it, too. One wait closes all; but a peer that has hung
+    up before leaves nothing to wait for, so all are tried.
     """
     for peer in range(group.size):
         if peer != group.rank and peer not in _lost[group.name]:
             with contextlib.suppress(RuntimeError):
                 nothing = torch.empty_like(like)
-                options = {"group": group.process_group, "group_src": peer, "tag": TAG + 1}
+                options = {"group": group.process_group, "group_src": peer, "tag": TAG_OF_NOTHING}
                 work = dist.irecv(nothing, **options)
                 if work is not None:
                     work.wait(timedelta(milliseconds=1))
-            return

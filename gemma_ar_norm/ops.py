@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -337,9 +338,11 @@ def _cpu(
 ) -> tuple[Tensor, Tensor]:
     check_arguments(x, weight, residual, post_weight, eps, weight_bias, algorithm)
     group = groups.resolve(group_name)
-    if debug.is_on():
-        debug.compare(group, x, weight, residual, post_weight, eps, weight_bias, algorithm)
-    xs = groups.all_gather_rows(group, x.contiguous())
+    groups.refuse_cpu_tensors(group)
+    with _time_limit(group) as timeout_s:
+        arguments = (x, weight, residual, post_weight, eps, weight_bias, algorithm)
+        debug.compare(group, timeout_s, *arguments)
+        xs = groups.all_gather_rows(group, x.contiguous(), timeout_s)
     return reference.fused_allreduce_gemma_rmsnorm(
         xs,
         weight,
@@ -348,6 +351,23 @@ def _cpu(
         eps=eps,
         weight_bias=weight_bias,
     )
+
+
+@contextlib.contextmanager
+def _time_limit(group: groups.Group) -> Iterator[float]:
+    """How long, in s, a call may wait for its peers; PeerTimeoutError where some are lost."""
+    found = workspace.find(group.name)
+    timeout_s = workspace.DEFAULT_TIMEOUT_S if found is None else found.timeout_s
+    try:
+        yield timeout_s
+    except groups.RanksLost as lost:
+        raise PeerTimeoutError(
+            f"{lost}: to take part in a call on group {group.name!r} is required within "
+            f"{timeout_s:g} s; got nothing; {groups.AFTER_A_LOSS}",
+            lost.ranks[0] if lost.ranks else -1,
+            -1,
+            -1,
+        ) from lost
 
 
 def _cpu_out(
@@ -457,8 +477,11 @@ def slow_path(
         else:
             found = workspace.find(group_name)
             # With a fused workspace it has been done on the device.
-            if found is not None and found.debug and not (found.fused or workspace.is_capturing()):
-                debug.compare(groups.resolve(group_name), x, *rest, algorithm)
+            compared = debug.is_on() if found is None else found.debug and not found.fused
+            if compared and not workspace.is_capturing():
+                group = groups.resolve(group_name)
+                with _time_limit(group) as timeout_s:
+                    debug.compare(group, timeout_s, x, *rest, algorithm)
             add_rmsnorm_out(_all_reduce(x, group_name), *rest, **out)
     except BaseException as error:
         # The inner call may have come here too, and have kept what it raised.

@@ -9,7 +9,8 @@ facts. So nobody waits for a rank that has given up: a rank gives up only where 
     3  allocate    the inbox of each rank, and its IPC handle     -> all release it, WorkspaceError
     4  open        the inboxes of the peers                       -> all release, the unfused path
 
-The exchanges go through the group's own all_gather, on the CPU where it has a CPU backend (gloo).
+The exchanges go through the group, on the CPU where it has a CPU backend: through gloo from every
+rank to every other one (groups.py), else by the group's all_gather.
 """
 
 from __future__ import annotations
@@ -342,6 +343,7 @@ class Workspace:
         device: int = -1,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         rules: Sequence[plan.Rule] = (),
+        debug: bool = False,
     ) -> None:
         self.group_name = group.name
         self.rank = group.rank
@@ -351,7 +353,7 @@ class Workspace:
         self.inbox_bytes: int = native.inbox_bytes if native is not None else 0
         self.generation = 0
         self.timeout_s = timeout_s
-        self.debug = debug.is_on()  # on all ranks or on none: verdict()
+        self.debug = debug  # on all ranks or on none: verdict()
         self.device = device  # of the inbox, or that calls run on; -1: none
         self.rules = tuple(rules)  # the launch plan, for explain()
         self._native = native
@@ -536,7 +538,7 @@ def init(
 
     # 1. Facts.
     own = _own_facts(me, arguments)
-    facts = [Facts.of(message) for message in groups.all_gather_json(me, asdict(own))]
+    facts = [Facts.of(message) for message in _all_say(me, "facts", asdict(own))]
     exchange = Exchange(me, "".join(fact.token for fact in facts))
     conclusion = verdict(facts)
     if conclusion.error is not None:
@@ -552,12 +554,14 @@ def init(
         conclusion = verdict(facts, access)
     if not conclusion.fused:
         device = own.device if not own.no_gpu else -1
-        workspace = Workspace(me, conclusion.reason, device=device, timeout_s=timeout_s)
+        workspace = Workspace(
+            me, conclusion.reason, device=device, timeout_s=timeout_s, debug=own.debug
+        )
         _register(workspace)
         return workspace
 
     rules = _rules(facts)
-    native, handles = _allocate(exchange, own.device, rules, arguments)
+    native, handles = _allocate(exchange, own, rules, arguments)
     with _given_back_where_it_fails(native):
         reason = _open_peers(exchange, native, handles)
         if reason:
@@ -566,13 +570,29 @@ def init(
             exchange.gather("disconnect", {"error": error})
     if reason:
         native.close()
-        workspace = Workspace(me, reason, device=own.device, timeout_s=timeout_s)
-    else:
-        workspace = Workspace(
-            me, conclusion.reason, native, device=own.device, timeout_s=timeout_s, rules=rules
-        )
+        native, rules = None, ()
+    workspace = Workspace(
+        me,
+        reason or conclusion.reason,
+        native,
+        device=own.device,
+        timeout_s=timeout_s,
+        rules=rules,
+        debug=own.debug,
+    )
     _register(workspace)
     return workspace
+
+
+def _all_say(me: Group, phase: str, message: Any) -> list[Any]:
+    """What each rank says in this phase of init, in rank order. Collective."""
+    try:
+        return groups.all_gather_json(me, message, f"init() ({phase})")
+    except groups.RanksLost as lost:
+        raise WorkspaceError(
+            f"group: every rank's part in the exchange of init() is required on {me.name!r}; got "
+            f"none from {lost}; {groups.AFTER_A_LOSS}"
+        ) from lost
 
 
 @dataclass(frozen=True)
@@ -590,7 +610,7 @@ class Exchange:
     def gather(self, phase: str, said: Any) -> list[Any]:
         """What each rank says, in rank order. Collective."""
         message = {"init": self.token, "phase": phase, "rank": self.me.rank, "said": said}
-        messages = groups.all_gather_json(self.me, message)
+        messages = _all_say(self.me, phase, message)
         for rank, got in enumerate(messages):
             wanted = {**message, "rank": rank}
             if not isinstance(got, dict) or {**got, "said": said} != wanted or "said" not in got:
@@ -646,7 +666,12 @@ def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
 
 
 def _make_native(
-    device: int, rank: int, ranks: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
+    device: int,
+    rank: int,
+    ranks: int,
+    rules: Sequence[plan.Rule],
+    arguments: dict[str, Any],
+    debug: bool,
 ) -> Any:
     """A native workspace, not connected yet, for what init() was asked for."""
     max_rows = arguments["max_rows"]
@@ -655,18 +680,18 @@ def _make_native(
     inbox_bytes = _C.inbox_bytes(ranks, one_shot_rows, max_rows, row_bytes)
     timeout_ns = max(1, int(arguments["timeout_s"] * NANOSECONDS))
     numbers = [rule.numbers for rule in rules]
-    return _C.Workspace(device, rank, ranks, inbox_bytes, timeout_ns, numbers, debug.is_on())
+    return _C.Workspace(device, rank, ranks, inbox_bytes, timeout_ns, numbers, debug)
 
 
 def _allocate(
-    exchange: Exchange, device: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
+    exchange: Exchange, own: Facts, rules: Sequence[plan.Rule], arguments: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """Phase 3: the native workspace, and all ranks' IPC handles. Raises on all ranks or on none."""
     me = exchange.me
 
     def allocate() -> tuple[Any, str]:
         _C.reclaim()
-        native = _make_native(device, me.rank, me.size, rules, arguments)
+        native = _make_native(own.device, me.rank, me.size, rules, arguments, own.debug)
         return native, native.ipc_handle().hex()
 
     made, error = _attempt(allocate)
@@ -829,9 +854,10 @@ def _local_group(
 ) -> LocalGroup:
     """`local_group` with this launch plan, on the GPU of this index."""
     natives: list[Any] = []
+    debug_mode = debug.is_on()
     try:
         for rank in range(n):
-            natives.append(_make_native(index, rank, n, rules, arguments))
+            natives.append(_make_native(index, rank, n, rules, arguments, debug_mode))
         for native in natives:
             native.connect_local(natives)
     except Exception as error:
@@ -850,6 +876,7 @@ def _local_group(
             device=index,
             timeout_s=arguments["timeout_s"],
             rules=rules,
+            debug=debug_mode,
         )
         stream = torch.cuda.Stream(index)
         local = LocalRank(rank, n, name, stream, workspace)

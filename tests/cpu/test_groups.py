@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import timeit
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_a_local_rank_is_found_by_its_name_while_it_lives():
         assert found == groups.Group(rank.group_name, 1, 3)
         assert found.is_local
     with pytest.raises(ValueError, match="a CUDA tensor is required by a local group"):
-        groups.all_gather_rows(found, torch.ones(1, 8))
+        groups.refuse_cpu_tensors(found)
     del rank, group
     gc.collect()
     with pytest.raises(ValueError, match="name of a live process group or local group"):
@@ -119,7 +120,33 @@ def test_cpu_tensors_in_a_group_without_a_cpu_backend(monkeypatch):
     monkeypatch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
     group = groups.Group("0", 0, 2, object())
     with pytest.raises(ValueError, match=r"x: a CPU tensor needs .* 'cuda:nccl'.*cpu:gloo"):
+        groups.refuse_cpu_tensors(group)
+
+
+def test_without_gloo_the_backends_own_words_are_kept(monkeypatch):
+    """The cause of an exception is dropped by api.py; and it tells more than "some rank"."""
+    monkeypatch.setattr(dist, "get_backend_config", lambda group: "mpi")
+    refused = mock.Mock(side_effect=RuntimeError("MPI_ERR_TRUNCATE: message truncated"))
+    monkeypatch.setattr(dist, "all_gather", refused)
+    group = groups.Group("0", 0, 2, object())
+    with pytest.raises(groups.RanksLost, match=r"some rank \(MPI_ERR_TRUNCATE: message trunc"):
         groups.all_gather_rows(group, torch.ones(1, 8))
+
+
+def test_hanging_up_is_tried_with_all_peers(monkeypatch):
+    """Of four ranks 3 is lost and 1 has hung up before: there is nothing to wait for."""
+    work = mock.Mock()
+
+    def irecv(_, group_src, **options):
+        if group_src == 1:
+            raise RuntimeError("Connection closed by peer")
+        assert group_src == 2
+        return work
+
+    monkeypatch.setattr(dist, "irecv", irecv)
+    monkeypatch.setitem(groups._lost, "0", [3])
+    groups._hang_up(groups.Group("0", 0, 4, object()), torch.ones(1))
+    work.wait.assert_called_once()
 
 
 def test_naming_the_default_group_is_cheap(default_group):

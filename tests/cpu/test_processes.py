@@ -68,7 +68,8 @@ def assert_result(got, made, what: object = "") -> None:
 @case
 def json_messages_of_any_length(me: Me) -> None:
     chunk = groups.CHUNK_BYTES
-    around = [chunk * n - 8 - 2 + d for n in (1, 2, 3) for d in (-1, 0, 1)]  # 8: length, 2: quotes
+    more = 8 + len('["another exchange",""]')  # 8: how long it is
+    around = [chunk * n - more + d for n in (1, 2, 3) for d in (-1, 0, 1)]
     for length in (0, 1, 7, *around):
         got = me.gathered("x" * length + str(me.rank))
         assert got == ["x" * length + str(r) for r in range(me.world)], length
@@ -119,10 +120,8 @@ def no_rows(me: Me) -> None:
     for shape in ((0, 640), (3, 0, 640)):
         x = torch.empty(shape, dtype=torch.bfloat16)
         weight = torch.zeros(640)
-        with mock.patch.object(dist, "all_gather") as exchange:
-            for one in call(x, weight, x.clone()):
-                assert one.shape == shape
-        exchange.assert_not_called()  # on a GPU such a call does not count either
+        for one in call(x, weight, x.clone()):
+            assert one.shape == shape
     made = me.case(2)
     assert_result(call(made.xs[me.rank], made.weight, **made.options), made)
 
@@ -192,11 +191,12 @@ def compiled_once_for_all_numbers_of_rows(me: Me) -> None:
     assert counter.frame_count == 1
 
 
-# -------------------------------------------------------------------------------------- debug mode
+# ------------------------------------------------------------------------------ calls that differ
 
 
 DIFFERENCES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "rows 4 on": lambda a: {**a, "x": a["x"][:3], "residual": a["residual"][:3]},
+    "rows 4 ": lambda a: {**a, "x": a["x"][:0], "residual": a["residual"][:0]},
     "hidden 640 on": lambda a: {
         **a,
         "x": a["x"][:, :632],
@@ -216,20 +216,41 @@ DIFFERENCES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 @case
-def debug_mode_names_what_differs(me: Me) -> None:
-    """On the CPU path. On every rank, in that call, and the next call is right."""
+def what_differs_is_named(me: Me) -> None:
+    """On every rank, in that call, and the next call is right. Debug mode plays no part in it."""
     last = me.world - 1
-    with mock.patch.dict(os.environ, GEMMA_AR_NORM_DEBUG="1"):
+    with mock.patch.dict(os.environ, GEMMA_AR_NORM_DEBUG="1" if me.rank == last else "0"):
         for what, change in DIFFERENCES.items():
             made = me.case(4)
             arguments = {"x": made.xs[me.rank], "weight": made.weight, "residual": made.residual}
             if me.rank == last:
                 arguments = change(arguments)
-            with pytest.raises(WorkspaceError, match="the same on all ranks") as raised:
+            with pytest.raises(WorkspaceError, match="call: the same on all ranks") as raised:
                 call(arguments.pop("x"), **arguments)
             assert what in str(raised.value)
             assert f"on rank {last}" in str(raised.value)
             assert_result(call(made.xs[me.rank], made.weight, **made.options), made)
+
+
+@case
+def a_rank_that_does_something_else(me: Me) -> None:
+    """In init, in a call or in another exchange. All are told what each is doing."""
+    made = me.case(4)
+    ways: dict[str, Callable[[], Any]] = {
+        "a call": lambda: call(made.xs[me.rank], made.weight, **made.options),
+        "init() (facts)": workspace.init,
+        "another exchange": lambda: me.gathered(list(range(3000))),  # in several chunks
+    }
+    others, last = ", ".join(str(r) for r in range(me.world - 1)), me.world - 1
+    others = f"on rank{'s' if me.world > 2 else ''} {others}"
+    for ours in ways:
+        for theirs in ways:
+            if ours == theirs:
+                continue
+            with pytest.raises(WorkspaceError, match=r"^group: the same on all ranks") as raised:
+                ways[theirs if me.rank == last else ours]()
+            assert f"got {ours} {others} and {theirs} on rank {last}, on" in str(raised.value)
+    assert_result(ways["a call"](), made)
 
 
 # ------------------------------------------------------------------------------------ the slow path

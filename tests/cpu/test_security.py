@@ -27,7 +27,7 @@ class Wire:
         self.change = change
         self.sent: list[tuple[Group, dict]] = []
 
-    def __call__(self, group, message):
+    def __call__(self, group, message, *_):
         message = json.loads(json.dumps(message))
         self.sent.append((group, message))
         if "phase" not in message:

@@ -328,7 +328,7 @@ def test_the_inbox_that_is_asked_for(max_rows):
     rules = workspace._rules(RANKS[:4])
     one_shot_rows = min(max_rows, plan.crossover_bytes(4, 9) // 16384)
     with fake_native() as native:
-        made = workspace._make_native(0, 1, 4, rules, arguments)
+        made = workspace._make_native(0, 1, 4, rules, arguments, False)
         assert made.inbox_bytes == native.inbox_bytes(4, one_shot_rows, max_rows, 16384)
         assert (made.rank, made.timeout_ns) == (1, 1_500_000_000)
         assert made.rules == [rule.numbers for rule in rules]
