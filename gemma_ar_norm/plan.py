@@ -105,7 +105,7 @@ class Shape(NamedTuple):
 
 _ONE_SHOT = (
     Shape(1, row_packs=128),
-    Shape(2, row_packs=256, rows=1 / 16),
+    Shape(2, row_packs=256, rows=1 / 32),
     Shape(4, rows=1 / 2),
     Shape(2, row_packs=512, packs=1250),
     Shape(1, full=True, row_packs=512),

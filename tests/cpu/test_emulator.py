@@ -71,8 +71,9 @@ SHARES_OF_STAGE = {
     },
     "debug": {
         **SHARES,
-        "cases where a rank announces another call": 20,
-        "cases where a rank never comes": 20,
+        "cases where a rank announces another call": 15,
+        "cases where a rank never comes": 15,
+        "cases where a rank begins a call within another": 15,
     },
 }
 LEAST_LARGE_GRIDS = 5  # of fuzz

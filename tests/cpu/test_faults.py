@@ -23,7 +23,6 @@ RUNS = (
         "stopped",
         3,
         (
-            "a_long_stall[one_shot]",
             "a_short_stall_in_init",
             "a_long_stall_in_init",
             "other_arguments",

@@ -6,7 +6,9 @@
 //   - where one differs, every rank's report says so, with what each rank announced, and from that
 //     call on all rows are NaN, on all ranks;
 //   - where one does not come, all others fail, name it and the call, and have NaN rows from then
-//     on, though nobody reached the call's own kernels.
+//     on, though nobody reached the call's own kernels;
+//   - where one begins a call within another, its report says so, and all have NaN rows from then
+//     on, the others as if it did not come.
 #include <cstring>
 #include <sstream>
 #include <vector>
@@ -20,9 +22,9 @@
 namespace gan::testing {
 namespace {
 
-enum class Trouble { kNone, kDiffers, kNeverComes };
+enum class Trouble { kNone, kDiffers, kNeverComes, kOverlaps };
 constexpr const char* kTroubleNames[] = {"calls what all call", "announces another call",
-                                         "never comes"};
+                                         "never comes", "begins a call within another"};
 
 // Each call has buffers of its own: at the end every result is still there.
 Case independent_case(uint64_t seed, Limits limits) {
@@ -39,13 +41,13 @@ class DebugRun {
   DebugRun(uint64_t seed, const Limits& limits)
       : random_(seed ^ 0xdeb6),
         case_(independent_case(seed, limits)),
-        trouble_(static_cast<Trouble>(random_.below(3))),
+        trouble_(static_cast<Trouble>(random_.below(4))),
         culprit_(random_.below(case_.ranks)),
         field_(random_.below(kCallFields)),
         first_wrong_(random_.below(static_cast<uint32_t>(case_.calls.size()))),
         options_(random_options(seed, case_)),
         harness_(case_) {
-    options_.time_passes = trouble_ == Trouble::kNeverComes;
+    options_.time_passes = leaves_others_waiting();
     options_.weak = random_.one_in(2);
     while (!exchanges(case_.calls[first_wrong_])) ++first_wrong_;  // the last ones do
     for (size_t i = 0; i < case_.calls.size(); ++i) empty_calls_.push_back(random_.below(3));
@@ -91,6 +93,10 @@ class DebugRun {
 
  private:
   static bool exchanges(const Call& call) { return kKernels[call.kernel].exchanges(); }
+  bool leaves_others_waiting() const {
+    return trouble_ == Trouble::kNeverComes || trouble_ == Trouble::kOverlaps;
+  }
+  bool overlaps(uint32_t rank) const { return trouble_ == Trouble::kOverlaps && rank == culprit_; }
   bool is_absent(uint32_t rank, size_t call) const {
     return trouble_ == Trouble::kNeverComes && rank == culprit_ && call >= first_wrong_;
   }
@@ -116,33 +122,36 @@ class DebugRun {
     for (uint32_t i = 0; i < empty_calls_[index]; ++i) {
       announce(world, rank, index, [] {});
     }
+    if (overlaps(rank) && index == first_wrong_) enter(world, rank, index);
     announce(world, rank, index, [&] { harness_.queue(world, rank, call); });
   }
 
   // As Workspace::run and Workspace::announce do.
   template <class Queue>
   void announce(emulator::World& world, uint32_t rank, size_t index, const Queue& queue) {
-    const uint32_t stream = case_.calls[index].stream;
-    const DebugKernels kernels = debug_kernels();
-    const DebugParams params{harness_.exchange(rank), summary(rank, index), &report(rank)};
-    harness_.queue_block(world, rank, stream, case_.ranks * kCallFields,
-                         [=] { kernels.enter_call(params); });
+    enter(world, rank, index);
     queue();
-    harness_.queue_block(world, rank, stream, 1,
-                         [=] { kernels.leave_call(params.exchange.inbox); });
+    uint8_t* inbox = harness_.exchange(rank).inbox;
+    harness_.queue_block(world, rank, case_.calls[index].stream, 1,
+                         [=] { debug_kernels().leave_call(inbox); });
+  }
+  void enter(emulator::World& world, uint32_t rank, size_t index) {
+    const DebugParams params{harness_.exchange(rank), summary(rank, index), &report(rank)};
+    harness_.queue_block(world, rank, case_.calls[index].stream, case_.ranks * kCallFields,
+                         [=] { debug_kernels().enter_call(params); });
   }
 
   std::string wrong_report(uint32_t rank) const {
     if (!reports_[rank].guards_are_intact()) return "written beyond the report";
-    if (report(rank).overlap != 0) return "calls are said to overlap";
-    if (harness_.memory(rank).header().in_use != 0) return "calls are left in use";
+    if ((report(rank).overlap != 0) != overlaps(rank)) return "calls are said to overlap, or not";
+    if (harness_.memory(rank).header().in_use != overlaps(rank)) return "calls are left in use";
     const uint64_t failure = harness_.memory(rank).failure_bits();
     if ((report(rank).differs != 0) != (trouble_ == Trouble::kDiffers))
       return "a difference is reported, or one is not";
-    if ((failure != 0) != (trouble_ == Trouble::kNeverComes))
+    if ((failure != 0) != (leaves_others_waiting() && rank != culprit_))
       return "a missing rank is reported, or one is not";
-    if (trouble_ == Trouble::kNeverComes) return wrong_record(FailureRecord::of(failure));
-    if (trouble_ == Trouble::kNone) return "";
+    if (failure != 0) return wrong_record(FailureRecord::of(failure));
+    if (trouble_ != Trouble::kDiffers) return "";
     for (uint32_t r = 0; r < case_.ranks; ++r) {
       for (uint32_t f = 0; f < kCallFields; ++f) {
         const auto said = static_cast<uint32_t>(report(rank).calls[r][f]);

@@ -646,6 +646,13 @@ BUGS = (
         "debug",
     ),
     bug(
+        "debug mode: calls that overlap are made",
+        DEBUG_MODE,
+        "      if (claim_once(&own->failure_claim)) break_later_calls(own);\n",
+        "",
+        "debug",
+    ),
+    bug(
         "debug mode: calls are never over",
         DEBUG_MODE,
         "in_use, 0u - 1); }",

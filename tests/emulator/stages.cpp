@@ -103,6 +103,11 @@ Limits weak_limits() {
   limits.max_call_threads = 512;
   return limits;
 }
+Limits strict_limits() {
+  Limits limits = weak_limits();
+  limits.max_ranks = 3;  // its build has no more
+  return limits;
+}
 // ThreadSanitizer needs megabytes for each fiber, and much time.
 Limits sanitizer_limits() {
   Limits limits;
@@ -123,7 +128,7 @@ const std::vector<Stage>& stages() {
       {"weak", "with loads that give old values, and races found", "plain", 500, weak_limits(),
        run_weak},
       {"strict", "weak, where pushes must come after clears; for GAN_STRICT_ORDER", "strict", 100,
-       weak_limits(), run_strict},
+       strict_limits(), run_strict},
       {"tsan", "fuzz, built with ThreadSanitizer", "tsan", 300, sanitizer_limits(), run_plain},
       {"asan", "fuzz, built with AddressSanitizer and UBSan", "asan", 200, sanitizer_limits(),
        run_plain},

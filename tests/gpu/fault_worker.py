@@ -420,7 +420,7 @@ def killed_in_a_call(me: Me, mode: str) -> None:
     victim = me.choose_victim()
     late = 1 if victim == 0 else 0
     # Many rows: those that the victim pushed before it died may be finished, others cannot be.
-    rows = 512 if me.gpu and mode in FUSED else ROWS
+    rows = 512 if me.gpu and mode != "graph" else ROWS
     way = prepare(me, mode, IN_CALL_TIMEOUT_S, rows=rows)
     me.meet()
     if me.rank == victim:

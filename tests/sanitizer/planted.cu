@@ -24,7 +24,8 @@ __global__ void exchange_without_barrier(unsigned* data) {
   data[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
 }
 
-// Not all threads of the block come to the second barrier.
+// Not all threads of a warp come to the second barrier. The others stay for a while: those that
+// have ended do not count as missing.
 __global__ void barrier_for_some(unsigned* data, unsigned count) {
   __shared__ unsigned shared[kThreads];
   shared[threadIdx.x] = 0;
@@ -33,7 +34,20 @@ __global__ void barrier_for_some(unsigned* data, unsigned count) {
     shared[threadIdx.x] = data[threadIdx.x];
     __syncthreads();
     data[threadIdx.x] = shared[count - 1 - threadIdx.x];
+  } else {
+    for (const long long start = clock64(); clock64() - start < 100'000'000;) continue;
   }
+}
+
+// A barrier that was never initialised.
+__global__ void arrive_at_nothing(unsigned* data) {
+  __shared__ unsigned long long barrier;
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(&barrier));
+  barrier = 0;
+  __syncthreads();
+  unsigned long long state = 0;
+  asm volatile("mbarrier.arrive.shared::cta.b64 %0, [%1];" : "=l"(state) : "r"(address) : "memory");
+  data[threadIdx.x] = static_cast<unsigned>(state);
 }
 
 }  // namespace
@@ -51,6 +65,7 @@ int main(int argc, char** argv) {
   } else if (std::strcmp(tool, "synccheck") == 0) {
     cudaMemset(data, 0, kThreads * sizeof(unsigned));
     barrier_for_some<<<1, kThreads>>>(data, kThreads - 16);
+    arrive_at_nothing<<<1, kThreads>>>(data);
   } else {
     std::printf("tool: memcheck, initcheck, racecheck or synccheck is required; got %s\n", tool);
     return 2;
