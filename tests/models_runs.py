@@ -37,7 +37,10 @@ def run(ranks: int, cases: tuple[str, ...], gpus: int | None = None, time_limit_
             ranks,
             gpus=gpus,
             timeout_s=time_limit_s,
-            env={"PYTHONPATH": f"{HERE}:{Path(launcher.__file__).parents[1]}"},
+            env={
+                "PYTHONPATH": f"{HERE}:{Path(launcher.__file__).parents[1]}",
+                "PYTHONFAULTHANDLER": "1",  # where a rank ends by a signal, the test says where
+            },
             show="nothing",
         )
         found, seconds = [], {}
