@@ -631,7 +631,7 @@ def test_an_exception_on_one_rank(tmp_path, capsys):
     assert "on rank 1: Traceback" in said
     assert "ZeroDivisionError: as planted" in said
     assert f"--seed {seed} --ranks 2 --as processes --batch 0\n" in said
-    assert "PeerTimeoutError: rank 1: rows of a call" in said  # on rank 0
+    assert "PeerTimeoutError: rank 1: to take part in a call" in said  # on rank 0
 
 
 def test_a_process_that_dies(tmp_path, capsys):
