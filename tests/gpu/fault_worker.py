@@ -950,19 +950,10 @@ def main() -> int:
 
     rank, world, device = launcher.init_from_env(timeout_s=GROUP_TIMEOUT_S)
     pids = groups.all_gather_json(groups.resolve(), os.getpid())
-    failed = False
     with open(options.directory / f"rank{rank}.jsonl", "w", buffering=1) as results:
         me = Me(rank, world, device, [], rank, list(range(world)), pids, options.directory, results)
         me.make()
-        for name in options.cases:
-            print(f"case {name}", flush=True)
-            found = run_case(me, CASES[name])
-            results.write(json.dumps(found) + "\n")
-            failed = failed or bool(found["failures"])
-            raised = torch.tensor([found["raised"]], dtype=torch.int32)
-            dist.all_reduce(raised)
-            if raised.item():
-                break
+        failed = worker.run_all(options.cases, lambda name: run_case(me, CASES[name]), results)
     dist.destroy_process_group()
     return 1 if failed else 0
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import checks
 import torch
@@ -913,6 +913,21 @@ def run_case(name: str, ranks: Ranks) -> dict[str, Any]:
     return {**found, "raised": raised}
 
 
+def run_all(names: Sequence[str], run: Callable[[str], dict[str, Any]], results: TextIO) -> bool:
+    """Runs cases and writes what was found, until one raises on any rank. Whether one failed."""
+    failed = False
+    for name in names:
+        print(f"case {name}", flush=True)
+        found = run(name)
+        results.write(json.dumps(found) + "\n")
+        failed = failed or bool(found["failures"])
+        raised = torch.tensor([found["raised"]], dtype=torch.int32)
+        dist.all_reduce(raised)
+        if raised.item():
+            break
+    return failed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
@@ -922,19 +937,11 @@ def main() -> int:
     rank, world, device = launcher.init_from_env()
     ranks = Ranks(rank, world, device, [])
     workspace = gemma_ar_norm.init(hidden_size=8192, max_rows=256, timeout_s=TIMEOUT_S)
-    failed = False
     with open(options.directory / f"rank{rank}.jsonl", "w", buffering=1) as results:
         first = {"fused": workspace.fused, "reason": workspace.reason}
         results.write(json.dumps(first) + "\n")
-        for name in options.cases or cases_of(world):
-            print(f"case {name}", flush=True)
-            found = run_case(name, ranks)
-            results.write(json.dumps(found) + "\n")
-            failed = failed or bool(found["failures"])
-            raised = torch.tensor([found["raised"]], dtype=torch.int32)
-            dist.all_reduce(raised)
-            if raised.item():
-                break
+        names = options.cases or cases_of(world)
+        failed = run_all(names, lambda name: run_case(name, ranks), results)
     dist.destroy_process_group()
     return 1 if failed else 0
 
