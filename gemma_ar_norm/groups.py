@@ -357,12 +357,12 @@ def _gather(group: Group, sent: Tensor, tag: int, timeout_s: float | None) -> li
             errors.setdefault(peer, error)
     if errors:
         _lost[group.name] = sorted(errors)
-        _hang_up(group, sent)
+        hang_up(group)
         raise RanksLost(sorted(errors)) from next(iter(errors.values()))
     return parts
 
 
-def _hang_up(group: Group, like: Tensor) -> None:
+def hang_up(group: Group) -> None:
     """Closes this rank's connections, as gloo does when an operation's time is over.
 
     Some may have heard from the lost rank, in this exchange. In the next they find this one closed,
@@ -370,9 +370,9 @@ def _hang_up(group: Group, like: Tensor) -> None:
     up before leaves nothing to wait for, so all are tried.
     """
     for peer in range(group.size):
-        if peer != group.rank and peer not in _lost[group.name]:
+        if peer != group.rank and peer not in _lost.get(group.name, ()):
             with contextlib.suppress(RuntimeError):
-                nothing = torch.empty_like(like)
+                nothing = torch.empty(1, dtype=torch.uint8)
                 options = {"group": group.process_group, "group_src": peer, "tag": TAG_OF_NOTHING}
                 work = dist.irecv(nothing, **options)
                 if work is not None:

@@ -235,15 +235,8 @@ class Processes:
         print(text, file=sys.stderr, flush=True)
         if raised:
             for group in [None] if self.group is None else [None, self.group]:
-                self._hang_up(group)
-
-    def _hang_up(self, group: Any) -> None:
-        """gloo closes a rank's connections when the time of an operation is over."""
-        peer = (self.mine[0] + 1) % self.setting.ranks
-        with contextlib.suppress(RuntimeError, ValueError):  # closed already, or destroyed
-            work = dist.irecv(torch.empty(1), group=group, tag=groups.TAG + 1, group_src=peer)
-            if work is not None:
-                work.wait(timedelta(milliseconds=1))
+                with contextlib.suppress(ValueError):  # it has been destroyed
+                    groups.hang_up(groups.resolve(group))
 
     def agree(self, message: Any) -> list[Any]:
         return groups.all_gather_json(self._agreement, message)

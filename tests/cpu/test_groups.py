@@ -145,7 +145,7 @@ def test_hanging_up_is_tried_with_all_peers(monkeypatch):
 
     monkeypatch.setattr(dist, "irecv", irecv)
     monkeypatch.setitem(groups._lost, "0", [3])
-    groups._hang_up(groups.Group("0", 0, 4, object()), torch.ones(1))
+    groups.hang_up(groups.Group("0", 0, 4, object()))
     work.wait.assert_called_once()
 
 

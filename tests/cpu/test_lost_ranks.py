@@ -83,7 +83,7 @@ def a_rank_that_ends_when_one_other_has_heard_from_it(rank: int, group: Any) -> 
 
         with mock.patch.object(groups, "_gather", ends_early):
             call(rank, group)
-    hang_up = groups._hang_up
+    hang_up = groups.hang_up
 
     def late(*arguments: Any) -> None:
         time.sleep(2)
@@ -91,7 +91,7 @@ def a_rank_that_ends_when_one_other_has_heard_from_it(rank: int, group: Any) -> 
 
     start = time.monotonic()
     with (
-        mock.patch.object(groups, "_hang_up", late if rank == 0 else hang_up),
+        mock.patch.object(groups, "hang_up", late if rank == 0 else hang_up),
         pytest.raises(PeerTimeoutError, match=f"{LAST}: to take part in a call"),
     ):
         call(rank, group)
