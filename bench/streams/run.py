@@ -1,6 +1,6 @@
-"""Builds bench/streams and runs it beside the plan of this machine's GPU.
+"""Builds bench/streams and runs it beside the plan of this machine's GPU, or of several.
 
-    python bench/streams/run.py [--json FILE] [--plot PREFIX] [options of streams.cu, see its top]
+    python bench/streams/run.py [--gpus N] [--json FILE] [--plot PREFIX] [options of streams.cu]
 
 Prints the table, and writes the JSON and the plots, of bench_fused.py (bench/README.md). Needs nvcc
 and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute capability
@@ -53,24 +53,31 @@ def compute_capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def write_rules(path: Path, streams: Path) -> None:
-    """The plan as it would be for one rank a GPU with as many SMs as a share has: with early start
-    of kernels. The calls of a run all have one shape, so that two of them fit into a share."""
-    plan = load_plan()
+def rules_of(ranks: int, gpus: int, multiprocessors: int, capability: tuple[int, int]):
+    """The plan as it would be for one rank a GPU with as many SMs as a rank has here: with early
+    start of kernels. The calls of a run all have one shape, so that two of them fit into a share.
+
+    multiprocessors: of a GPU, which those of its ranks share.
+    """
+    gpus = min(gpus, ranks)
+    ranks_a_gpu = -(-ranks // gpus)
+    return load_plan().make_rules(
+        ranks=ranks,
+        multiprocessors=multiprocessors // ranks_a_gpu,
+        compute_capability=capability,
+        max_cluster=8 if capability >= (9, 0) else 1,
+        shared_device=False,
+        one_gpu=gpus == 1,
+    )
+
+
+def write_rules(path: Path, streams: Path, gpus: int) -> None:
     capability = compute_capability()
     sms = subprocess.run([streams, "--sms", "-"], check=True, capture_output=True).stdout
-    multiprocessors = int(sms)
     with path.open("w") as file:
         for ranks in RANKS:
             print("ranks", ranks, file=file)
-            for rule in plan.make_rules(
-                ranks=ranks,
-                multiprocessors=multiprocessors // ranks,
-                compute_capability=capability,
-                max_cluster=8 if capability >= (9, 0) else 1,
-                shared_device=False,
-                one_gpu=True,
-            ):
+            for rule in rules_of(ranks, gpus, int(sms), capability):
                 print(*rule.numbers, file=file)
 
 
@@ -99,23 +106,28 @@ def report(file: Path, plot: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Ranks as streams of one process on one GPU.",
+        description="Ranks as streams of one process, on one GPU or several.",
         epilog="All other options go to streams; they are at the top of streams.cu.",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="rank r is on GPU r %% N (1)"
     )
     parser.add_argument("--json", metavar="FILE", help="where to write all numbers")
     parser.add_argument("--plot", metavar="PREFIX", help="PREFIX_latency.png, PREFIX_roofline.png")
     given, options = parser.parse_known_args(arguments)
     if given.plot and plots.problem():
         parser.error(str(plots.problem()))
+    if given.gpus < 1:
+        parser.error(f"--gpus: 1 or more are required; got {given.gpus}")
     streams = build()
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every rank's stream
     with tempfile.TemporaryDirectory() as directory:
         rules = Path(directory) / "rules.txt"
-        write_rules(rules, streams)
+        write_rules(rules, streams, given.gpus)
         file = Path(given.json or Path(directory) / "report.json")
         file.unlink(missing_ok=True)
-        exit_code = measure(streams, rules, file, options)
+        exit_code = measure(streams, rules, file, ["--gpus", str(given.gpus), *options])
         if file.exists():
             report(file, given.plot)
         return exit_code

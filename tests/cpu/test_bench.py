@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gemma_ar_norm import reference
+from gemma_ar_norm import launcher, plan, reference
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
@@ -592,6 +593,8 @@ def test_ratios():
         {"l2": "cold"},
         {"gpu": "NVIDIA H200"},
         {"gpus": 2},
+        {**streams, "gpus": 2},
+        {**streams, "gpus": 2, "placement": "2 GPUs, one rank each"},
         {"placement": "2 processes on one GPU, time-sliced, so slow: no CUDA MPS"},
     ):
         assert reports.ratios(made_report(cells, **changes))[1]["flashinfer"] is None
@@ -629,6 +632,14 @@ def test_a_table_of_a_gpu():
     assert "NOT COMPLETE" in reports.table(made_report(cells, complete=False))
 
 
+@pytest.fixture
+def streams_run():
+    spec = importlib.util.spec_from_file_location("streams_run", BENCH / "streams" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_streams_uses_no_torch(tmp_path):
     """run.py makes table and plots of what streams wrote."""
     placement = "ranks as streams of one process, 132/N SMs each"
@@ -656,13 +667,83 @@ assert "torch" not in sys.modules
     assert "all of a size gave the same bits" in done.stdout
 
 
+def streams_source(name: str) -> str:
+    """There may be no compiler for it here."""
+    return (BENCH / "streams" / name).read_text()
+
+
 def test_streams_writes_the_schema():
-    """Its keys, in the source: there may be no compiler for it here."""
-    source = (BENCH / "streams" / "streams.cu").read_text()
+    source = streams_source("report.h")
     keys = set(reports.as_cell(reports.Cell(2, 8, 1, "bf16", "plain", "floor")))
     for name in (set(made_report([])) | keys) - {"cells"}:
         assert f'\\"{name}\\": ' in source, name
     assert f'\\"schema\\": {reports.SCHEMA}' in source
+    assert "ranks as streams of one process, " in streams_source("placement.h")
+    # Of one rank a GPU, the words of the other benchmark, so that they can be laid side by side.
+    words = str(launcher.Placement(4, 4))
+    assert words.removeprefix("4") in streams_source("placement.h")
+    assert "on the device: a fused call of one row" in source
+
+
+@pytest.mark.parametrize(
+    ("ranks", "gpus", "multiprocessors", "one_gpu"),
+    [
+        (2, 1, 66, True),
+        (8, 1, 16, True),
+        (2, 2, 132, False),
+        (2, 4, 132, False),
+        (4, 2, 66, False),
+        (5, 4, 66, False),
+        (8, 8, 132, False),
+    ],
+)
+def test_streams_plans_for_its_placement(streams_run, ranks, gpus, multiprocessors, one_gpu):
+    got = streams_run.rules_of(ranks, gpus, 132, (9, 0))
+    wanted = plan.make_rules(
+        ranks=ranks,
+        multiprocessors=multiprocessors,
+        compute_capability=(9, 0),
+        max_cluster=8,
+        shared_device=False,
+        one_gpu=one_gpu,
+    )
+    assert [rule.numbers for rule in got] == [rule.numbers for rule in wanted]
+    assert all(rule.multiprocessors == multiprocessors for rule in got)
+
+
+def test_streams_is_given_the_number_of_gpus(streams_run, monkeypatch, tmp_path, capsys):
+    def streams(command, **_):
+        if command[1:] == ["--sms", "-"]:
+            return types.SimpleNamespace(stdout=b"132\n")
+        return types.SimpleNamespace(stdout="9.0\n9.0\n")
+
+    asked: list[tuple[list[str], str]] = []
+
+    def measure_(streams, rules, file, options):
+        asked.append((list(options), rules.read_text()))
+        return 3
+
+    monkeypatch.setattr(streams_run, "build", lambda: tmp_path / "streams")
+    monkeypatch.setattr(streams_run.subprocess, "run", streams)
+    monkeypatch.setattr(streams_run, "measure", measure_)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+    assert streams_run.main(["--ranks", "4", "--gpus", "4"]) == 3
+    assert streams_run.main([]) == 3
+    (of_four, rules_of_four), (of_one, rules_of_one) = asked
+    assert of_four == ["--gpus", "4", "--ranks", "4"]
+    assert of_one == ["--gpus", "1"]
+    # The last number is the multiprocessors of a rank.
+    shares = [
+        [
+            line.split()[-1]
+            for line in rules.partition("ranks 4\n")[2].partition("ranks")[0].split("\n")[:-1]
+        ]
+        for rules in (rules_of_four, rules_of_one)
+    ]
+    assert [set(of_a_run) for of_a_run in shares] == [{"132"}, {"33"}]
+    with pytest.raises(SystemExit):
+        streams_run.main(["--gpus", "0"])
+    assert "--gpus: 1 or more are required; got 0" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
