@@ -88,7 +88,7 @@ bench: export PATH := $(abspath $(BIN)):$(PATH)
 bench:
 	@cmake -G Ninja -S . -B build/bench -DGAN_BUILD_PYTHON=OFF -DGAN_BUILD_BENCH=ON
 	@cmake --build build/bench
-	@echo "--- built build/bench/streams"
+	@echo "--- built build/bench/streams, build/bench/links"
 
 wheel: $(STAMPS)/dev-tools
 	@echo "--- building the sdist, and the wheel from it, in dist/"

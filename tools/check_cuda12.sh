@@ -50,7 +50,7 @@ if [[ -z $nvcc ]]; then
 fi
 "$nvcc" --version | grep release
 shopt -s nullglob
-sources=(csrc/host/*.cu bench/streams/*.cu)
+sources=(csrc/host/*.cu bench/*/*.cu)
 if [[ ${#sources[@]} == 0 ]]; then
   echo "csrc/host/*.cu: CUDA sources are required; got none" >&2
   exit 1

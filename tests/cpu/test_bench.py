@@ -746,6 +746,97 @@ def test_streams_is_given_the_number_of_gpus(streams_run, monkeypatch, tmp_path,
     assert "--gpus: 1 or more are required; got 0" in capsys.readouterr().err
 
 
+LINKS = [
+    {"gpu": "NVIDIA H100", "gpus": 2, "round_trips": 300, "versions": {"cuda": "13.0"}},
+    {"peer": {"from": 0, "to": 1, "access": 1, "native_atomics": 1, "performance_rank": 0}},
+    {"latency_ns": {"from": 0, "to": 0, "packs": 1, "ns": 650.04, "p10": 601.0, "p90": 702.5}},
+    {"latency_ns": {"from": 0, "to": 1, "packs": 32, "ns": 1250.0, "p10": 1200.0, "p90": 1300.0}},
+    *(
+        {"bandwidth": {**of, "bytes": size, "blocks": 32, "gb_s": gb_s}}
+        for of in (
+            {"pattern": "pair", "from": 0, "to": 1},
+            {"pattern": "ring", "from": None, "to": None},
+        )
+        for size, gb_s in ((4096, 1.96), (1 << 20, 301.26))
+        if (of["pattern"], size) != ("ring", 4096)
+    ),
+]
+
+
+def test_links_reports_without_torch(tmp_path):
+    """run.py makes report and tables of the lines that links prints, also where it fails."""
+    links = tmp_path / "links"
+    printed = "\n".join(map(json.dumps, LINKS))
+    links.write_text(f"#!/bin/sh\ncat <<'EOF'\n{printed}\nEOF\n[ \"$*\" = '--sizes 16' ]\n")
+    links.chmod(0o755)
+    code = f"""
+import sys
+sys.path.insert(0, {str(BENCH / "links")!r})
+import run
+from pathlib import Path
+run.build = lambda: Path({str(links)!r})
+code = run.main(["--json", *sys.argv[1:]])
+assert "torch" not in sys.modules
+sys.exit(code)
+"""
+    file = tmp_path / "links.json"
+
+    def run(*options):
+        command = [sys.executable, "-c", code, str(file), *options]
+        return subprocess.run(
+            command, env=ENV, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    done = run("--sizes", "16")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for row in (
+        ["from", "to", "access", "native_atomics", "performance_rank"],
+        ["0", "1", "1", "1", "0"],
+        ["from", "to", "packs", "ns", "p10", "p90"],
+        ["0", "0", "1", "650.0", "601.0", "702.5"],
+        ["0", "1", "32", "1250.0", "1200.0", "1300.0"],
+        ["pattern", "from", "to", "4096", "1048576"],
+        ["pair", "0", "1", "2.0", "301.3"],
+        ["ring", "-", "-", "-", "301.3"],
+    ):
+        assert row in lines
+    assert "2 x NVIDIA H100, driver" in done.stdout
+    assert "NOT COMPLETE" not in done.stdout
+
+    report = reports.load(file)
+    documented = (BENCH / "README.md").read_text()
+    for name in report:
+        assert f"`{name}`" in documented, name
+    assert (report["harness"], report["complete"], report["gpus"]) == ("links", True, 2)
+    for name, count in (("peer", 1), ("latency_ns", 2), ("bandwidth", 3)):
+        assert report[name] == [line[name] for line in LINKS if name in line]
+        assert len(report[name]) == count
+        for key in report[name][0]:
+            assert f"`{key}`" in documented, key
+
+    failed = run()
+    assert failed.returncode == 1
+    assert "NOT COMPLETE" in failed.stdout
+    assert reports.load(file)["complete"] is False
+
+
+def test_links_prints_the_schema():
+    """Its keys, in the source: there may be no compiler for it here. And it takes what the product
+    takes: plain memory of GPUs, no multicast."""
+    source = (BENCH / "links" / "links.cu").read_text()
+    for line in LINKS:
+        for name, value in line.items():
+            for key in (name, *(value if isinstance(value, dict) and name != "versions" else ())):
+                assert f'\\"{key}\\": ' in source, key
+    everything = [
+        path.read_text().lower() for path in (BENCH / "links").iterdir() if path.is_file()
+    ]
+    for word in ("multicast", "multimem", "managed"):
+        assert not any(word in text for text in everything)
+    assert any("store_relaxed_sys(" in text for text in everything)
+
+
 @pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 def test_plots(tmp_path):
     cells = [
