@@ -57,7 +57,7 @@ py::dict describe(const LaunchShape& shape) {
 }
 
 // Bumped whenever two builds could not talk to each other: the layout of the inbox or the protocol.
-constexpr int kProtocol = 3;
+constexpr int kProtocol = 4;
 
 }  // namespace
 

@@ -85,12 +85,15 @@ GAN_HOST_DEVICE uint64_t one_shot_slot(uint32_t row, uint32_t pack, uint32_t row
 GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t slice_packs) {
   return (uint64_t{row} * slice_packs + index) * kPackBytes;
 }
+// Between the two parts of an area, which nobody writes. Without it two ranks of which one calls
+// one_shot and the other two_shot would fill each other's places exactly, and neither would notice.
+inline constexpr uint64_t kTwoShotGapBytes = 128;
 // From there to the like on the way from the owner. `rows`: of the launch.
 GAN_HOST_DEVICE uint64_t two_shot_hop(uint32_t rows, uint32_t slice_packs) {
-  return uint64_t{rows} * slice_packs * kPackBytes;
+  return uint64_t{rows} * slice_packs * kPackBytes + kTwoShotGapBytes;
 }
 
-// What of an area a row takes.
+// What of an area a row takes. (Two-shot takes the gap besides.)
 GAN_HOST_DEVICE uint64_t one_shot_row_bytes(uint64_t row_bytes) { return row_bytes; }
 GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) {
   return uint64_t{2} * slice_packs(static_cast<uint32_t>(row_bytes / kPackBytes), ranks) *
@@ -102,7 +105,8 @@ GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) 
 GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows,
                                      uint64_t row_bytes) {
   const uint64_t one_shot = one_shot_rows * one_shot_row_bytes(row_bytes);
-  const uint64_t two_shot = two_shot_rows * two_shot_row_bytes(ranks, row_bytes);
+  const uint64_t two_shot =
+      two_shot_rows * two_shot_row_bytes(ranks, row_bytes) + kTwoShotGapBytes;
   const uint64_t area = round_up(one_shot > two_shot ? one_shot : two_shot, kAreaAlignment);
   return round_up(kHeaderBytes + kStages * (ranks - 1) * area, kAllocationAlignment);
 }
@@ -130,7 +134,8 @@ struct InboxLayout {
     return area_bytes / one_shot_row_bytes(row_bytes);
   }
   uint64_t two_shot_rows(uint64_t row_bytes) const {
-    return area_bytes / two_shot_row_bytes(ranks, row_bytes);
+    if (area_bytes < kTwoShotGapBytes) return 0;
+    return (area_bytes - kTwoShotGapBytes) / two_shot_row_bytes(ranks, row_bytes);
   }
   // Of stage 0.
   uint64_t area_offset(uint32_t area) const { return kHeaderBytes + area_bytes * area; }

@@ -87,9 +87,15 @@ def row_bytes_of_an_area(algorithm: int, ranks: int, row_packs: int) -> int:
     return 16 * (row_packs if algorithm == plan.ONE_SHOT else 2 * -(-row_packs // ranks))
 
 
+def gap_of(algorithm: int) -> int:
+    """Between the two parts of a two-shot area: so that the places of the algorithms differ."""
+    return 0 if algorithm == plan.ONE_SHOT else 128
+
+
 def rows_of_a_launch(algorithm: int, ranks: int, inbox_bytes: int, row_packs: int) -> int:
     area = (inbox_bytes - 8192) // (2 * (ranks - 1)) // 256 * 256
-    return min(MAX_ROWS, area // row_bytes_of_an_area(algorithm, ranks, row_packs))
+    room = max(0, area - gap_of(algorithm))
+    return min(MAX_ROWS, room // row_bytes_of_an_area(algorithm, ranks, row_packs))
 
 
 def launches(
@@ -447,7 +453,8 @@ def test_a_call_is_cut_into_launches(made, ranks, one_gpu, inbox_kib, rows, row_
     for one in found:
         algorithm = one["algorithm"]
         assert algorithm == rules[one["rule"]].algorithm
-        assert one["rows"] * row_bytes_of_an_area(algorithm, ranks, row_packs) <= area
+        bytes_of_rows = one["rows"] * row_bytes_of_an_area(algorithm, ranks, row_packs)
+        assert bytes_of_rows + gap_of(algorithm) <= area
         assert 1 <= one["teams"] <= one["rows"]
         planned = algorithm_of(rules, left, row_packs)
         if wanted != "auto":
@@ -464,7 +471,7 @@ def test_no_room_for_a_row():
     with pytest.raises(ValueError, match="inbox_bytes: room for a row is required"):
         launches_of_cpp(rules, 8, 8192 + 14 * 256, 1, 1024)
     # A slice of it, twice, is less: two-shot takes it.
-    assert launches_of_cpp(rules, 8, 8192 + 14 * 4096, 1, 1024)[0]["algorithm"] == plan.TWO_SHOT
+    assert launches_of_cpp(rules, 8, 8192 + 14 * 4352, 1, 1024)[0]["algorithm"] == plan.TWO_SHOT
     assert launches_of_cpp(rules, 8, 8192, 0, 1024) == []
 
 

@@ -228,7 +228,7 @@ class CaseMaker {
       const uint32_t least = large ? max_rows_ / 2 : 1;
       bytes = std::max(row, some_row * (least + random_.below(max_rows_ - least + 1)));
     }
-    case_.area_bytes = round_up(bytes, kAreaAlignment);
+    case_.area_bytes = round_up(bytes + kTwoShotGapBytes, kAreaAlignment);
   }
 
   const Limits& limits_;

@@ -187,7 +187,7 @@ class Run {
                               ? two_shot_row_bytes(case_.ranks, row_bytes)
                               : one_shot_row_bytes(row_bytes));
     });
-    return round_up(bytes, kAreaAlignment);
+    return round_up(bytes + kTwoShotGapBytes, kAreaAlignment);
   }
   std::vector<uint32_t> all_ranks() const {
     std::vector<uint32_t> ranks;
