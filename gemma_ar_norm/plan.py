@@ -53,7 +53,7 @@ class Rule(NamedTuple):
     threads_a_multiprocessor: int
     trigger: int
     lead_rows: int
-    multiprocessors: int  # of a rank: the least of all ranks
+    multiprocessors: int  # that a launch may fill: at most what every rank has
     evidence: str  # where the rule comes from
 
     @property
@@ -206,15 +206,22 @@ def make_rules(
 
     def rule(size: Size, algorithm: int, shape: Shape, evidence: str) -> Rule:
         early = starts_early and not shape.full
+        blocks = max(1, min(shape.blocks, max_cluster, multiprocessors))
+        # Clusters need places beside each other. Where launches of all ranks filled (nearly) all
+        # places of a GPU, with torch's kernels among them, some never started: four ranks as
+        # streams, one H200, 2026-11-28.
+        places = multiprocessors
+        if shared_device and blocks > 1:
+            places = max(blocks, multiprocessors // 2)
         return Rule(
             *size,
             algorithm,
-            max(1, min(shape.blocks, max_cluster, multiprocessors)),
+            blocks,
             MAX_THREADS,
             THREADS_A_MULTIPROCESSOR // (2 if early else 1),
             Trigger.AT_START if early else Trigger.NEVER,
             shape.lead_rows,
-            multiprocessors,
+            places,
             evidence,
         )
 

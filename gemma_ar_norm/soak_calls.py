@@ -34,6 +34,9 @@ VALUES = (
 )
 HIDDENS = (640, 1024, 1152, 2048, 2304, 2880, 3584, 4096, 5120, 5376, 7168, 8192)
 
+# Packs of a row up to which our kernels keep it in registers: one rank's alone, and the fused ones.
+MOST_KEPT_ALONE, MOST_KEPT = 512, 1024
+
 BATCHES_A_WORKSPACE = 25
 MAX_ELEMENTS = 600_000  # of one rank's x
 MAX_ELEMENTS_CPU = 20_000
@@ -172,9 +175,27 @@ def batch_of(seed: int, number: int, setting: Setting) -> Batch:
             )
             for call in (first, *calls[1:])
         ]
+    if setting.streams:
+        calls = [beside_waiting_ranks(call) for call in calls]
     if how == "graph" and all(call.rows == 0 for call in calls):  # torch warns of empty graphs
         calls = [replace(call, rows=1) for call in calls]
     return Batch(number, how, chained, rng.randint(2, 8) if how == "graph" else 1, tuple(calls))
+
+
+def beside_waiting_ranks(call: Kind) -> Kind:
+    """The call, such that a rank can always begin it while its peers wait on all SMs of one GPU.
+
+    A kernel cannot start on an SM that has less shared memory set aside than it needs, as long as
+    any block is there; and torch's copies of views set aside little. So calls that keep rows in
+    shared memory come without such copies, and one rank's alone, which can come behind another
+    call's copies, keep none.
+    """
+    packs = call.hidden * call.dtype.itemsize // PACK_BYTES
+    if packs > MOST_KEPT_ALONE:
+        call = replace(call, alone=False)
+    if packs > MOST_KEPT:
+        call = replace(call, x_layout="dense", residual_layout="dense", weight_layout="dense")
+    return call
 
 
 def call_of(seed: int, index: tuple[int, int], setting: Setting) -> Kind:

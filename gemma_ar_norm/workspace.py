@@ -805,7 +805,9 @@ def local_group(
 
     The peers reach each other by pointer; the kernels and the protocol are those of n processes.
     Each rank has 1/n of the GPU's multiprocessors. The kernels of all ranks must be able to run at
-    the same time: queue the call of every rank before waiting for any, each on its own stream.
+    the same time: queue the call of every rank before waiting for any, each on its own stream. That
+    goes for whatever else is on these streams: a kernel that finds no room beside waiting ones, one
+    that needs much shared memory, say, waits until they run into their deadline.
 
     n: 2 to 8. device: the current CUDA device unless given. The others: see `init`.
     Raises TypeError, ValueError for wrong arguments, WorkspaceError without a GPU or memory.

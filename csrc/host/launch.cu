@@ -37,14 +37,33 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, const LaunchSha
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-template <class Kernel>
-cudaError_t preload(Kernel kernel, bool one_pack) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes unused;
-  const cudaError_t status = cudaFuncGetAttributes(&unused, function);
-  if (status != cudaSuccess || one_pack) return status;
-  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kMaxRowPacks * kPackBytes);
+// Of those that calls of so many ranks launch (1: the local ones): use(kernel, keeps_rows), until
+// one fails.
+template <class Use>
+cudaError_t for_each_kernel(uint32_t ranks, const Use& use) {
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(enter_call), reinterpret_cast<const void*>(leave_call)}) {
+    if (const cudaError_t status = use(kernel, false); status != cudaSuccess) return status;
+  }
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
+    for (const bool one_pack : {false, true}) {
+      for (const Form form : {Form::kAny, Form::kResidual, Form::kSandwich}) {
+        const auto use_it = [&](auto kernel) {
+          return use(reinterpret_cast<const void*>(kernel), !one_pack);
+        };
+        const cudaError_t status = with_table(dtype, [&](auto table) {
+          if (ranks == 1) return use_it(table.local_norm(one_pack, form));
+          for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
+            const cudaError_t failed = use_it(table.fused(algorithm, ranks, one_pack, form));
+            if (failed != cudaSuccess) return failed;
+          }
+          return cudaSuccess;
+        });
+        if (status != cudaSuccess) return status;
+      }
+    }
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -77,29 +96,20 @@ cudaError_t launch_leave_call(uint8_t* inbox, cudaStream_t stream) {
 }
 
 cudaError_t preload_kernels(uint32_t ranks) {
-  for (const void* kernel :
-       {reinterpret_cast<const void*>(enter_call), reinterpret_cast<const void*>(leave_call)}) {
+  return for_each_kernel(ranks, [](const void* kernel, bool keeps_rows) {
     cudaFuncAttributes unused;
     const cudaError_t status = cudaFuncGetAttributes(&unused, kernel);
-    if (status != cudaSuccess) return status;
-  }
-  for (const DType dtype : {DType::kBFloat16, DType::kFloat16, DType::kFloat32}) {
-    for (const bool one_pack : {false, true}) {
-      for (const Form form : {Form::kAny, Form::kResidual, Form::kSandwich}) {
-        const cudaError_t status = with_table(dtype, [&](auto table) {
-          if (ranks == 1) return preload(table.local_norm(one_pack, form), one_pack);
-          for (const Algorithm algorithm : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
-            const cudaError_t failed =
-                preload(table.fused(algorithm, ranks, one_pack, form), one_pack);
-            if (failed != cudaSuccess) return failed;
-          }
-          return cudaSuccess;
-        });
-        if (status != cudaSuccess) return status;
-      }
-    }
-  }
-  return cudaSuccess;
+    if (status != cudaSuccess || !keeps_rows) return status;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                kMaxRowPacks * kPackBytes);
+  });
+}
+
+cudaError_t prefer_shared_memory(uint32_t ranks) {
+  return for_each_kernel(ranks, [](const void* kernel, bool) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
+  });
 }
 
 cudaError_t kernel_architecture(int* architecture) {

@@ -222,6 +222,11 @@ void Workspace::connect_local(const std::vector<std::shared_ptr<Workspace>>& ran
     }
     inboxes[r] = ranks[r]->inbox_->data();
   }
+  DeviceScope scope(device_);
+  for (const uint32_t kernels_of : {1u, ranks_}) {
+    check_cuda(prefer_shared_memory(kernels_of),
+               "kernels: a GPU that divides its memory is required");
+  }
   for (const auto& other : ranks) local_inboxes_.push_back(other->inbox_);
   connect(inboxes);
 }

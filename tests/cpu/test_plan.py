@@ -139,7 +139,11 @@ def test_every_workspace_has_rules_within_its_gpu():
             assert rule.algorithm in (plan.ONE_SHOT, plan.TWO_SHOT), case
             assert 1 <= rule.blocks_a_team <= min(8, made_for["multiprocessors"]), case
             assert rule.blocks_a_team == 1 or made_for["capability"] >= (9, 0), "no clusters there"
-            assert rule.multiprocessors == made_for["multiprocessors"], case
+            # Clusters of ranks that are not kept apart on a GPU find places beside each other.
+            share, clusters = made_for["multiprocessors"], rule.blocks_a_team > 1
+            crowded = made_for["shared_device"] and clusters
+            most = max(rule.blocks_a_team, share // 2) if crowded else share
+            assert rule.multiprocessors == most, case
             assert rule.lead_rows >= 1, case
             assert rule.evidence, case
             # Where the next kernel starts early, both fit a multiprocessor; else one does.
