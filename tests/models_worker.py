@@ -29,7 +29,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 import gemma_ar_norm
-from gemma_ar_norm import fuse_forward, huggingface, launcher, tensor_parallel
+from gemma_ar_norm import fuse_forward, groups, huggingface, launcher, tensor_parallel
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PROMPT = [[5, 9, 77, 31, 2, 64], [11, 3, 8, 100, 41, 7]]
@@ -284,7 +284,7 @@ def a_graph(me: Rank, name: str) -> None:
         states_of(model, ids)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with scalars_made_on_the_gpu(), torch.cuda.graph(graph):
         captured = states_of(model, ids)
 
     def replay(with_ids: Tensor, want: Tensor, what: str) -> None:
@@ -301,6 +301,20 @@ def a_graph(me: Rank, name: str) -> None:
     changed = states_of(model, inputs[0])
     assert (changed - wanted[0]).abs().max() > 5 * BOUND[BF16] * changed.abs().max()
     replay(inputs[0], changed, "replay with new weights")
+
+
+@contextmanager
+def scalars_made_on_the_gpu() -> Iterator[None]:
+    """transformers' mask for eager attention copies a scalar to the GPU, which no graph can."""
+    tensor = torch.tensor
+
+    def made(value: Any, **options: Any) -> Tensor:
+        if isinstance(value, int | float):
+            return torch.full((), value, **options)
+        return tensor(value, **options)
+
+    with mock.patch.object(torch, "tensor", made):
+        yield
 
 
 @case
@@ -428,9 +442,23 @@ def _another_layer(self, hidden_states, **kwargs):
 # -------------------------------------------------------------------------------------------- main
 
 
+def gather_through_the_host() -> None:
+    """Has DTensors' all-gather go through the host. Over gloo, torch's own ends the process where
+    tensors are on a GPU: it reads them as if they were on the host (pytorch issue 152645; seen with
+    torch 2.11). Ranks that share a GPU have no other backend."""
+    all_gather = funcol.all_gather_tensor
+
+    def all_gather_tensor(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return all_gather(tensor.cpu(), *args, **kwargs).to(tensor.device)
+
+    funcol.all_gather_tensor = all_gather_tensor
+
+
 def main() -> int:
     directory, wanted = Path(sys.argv[1]), sys.argv[2:]
     rank, world, device = launcher.init_from_env()
+    if device.type == "cuda" and groups.devices_of(dist.group.WORLD).get("cuda") == "gloo":
+        gather_through_the_host()
     import transformers
 
     transformers.logging.set_verbosity_error()
