@@ -11,12 +11,12 @@
 // --sms prints the number of multiprocessors and ends. --gpus: rank r is on GPU r % gpus; with a
 // GPU a rank each has all its SMs. A line for each algorithm, number of blocks a team, and lead of
 // the pushes (two-shot), and one for the plan with --rules (bench/streams/run.py writes the file),
-// with its algorithm. --resident: how many kernels of a rank fit on its SMs at once: with 2 the
-// next one starts early (PDL), with 1 a launch has twice the blocks, and none starts early; "/full"
-// marks those. --rounds: how often all are measured in turn; a line is of the replays of all
-// rounds.
-// --json: all numbers, in the schema of bench/README.md. Outputs of all ways must have the same
-// bits, or the program fails. timing.cuh says how it is timed.
+// with its algorithm. Of the floor the fastest of the same shapes. --resident: how many kernels of
+// a rank fit on its SMs at once: with 2 the next one starts early (PDL), with 1 a launch has twice
+// the blocks, and none starts early; "/full" marks those. --rounds: how often all are measured in
+// turn; a line is of the replays of all rounds. --json: all numbers, in the schema of
+// bench/README.md. Outputs of all ways must have the same bits, or the program fails. timing.cuh
+// says how it is timed.
 #include <algorithm>
 #include <cstdio>
 #include <map>
@@ -50,12 +50,9 @@ void measure(World& world, uint32_t rows, std::vector<Way>& ways) {
 // The calls of a size, all ways in turn, and the report of them.
 void measure_size(const Options& o, const Placement& placement, World& world, uint32_t rows,
                   std::vector<Way> ways, double copy_gb_s, Report& report) {
-  std::vector<Way> floors(o.resident.size(), Way{"floor", "", {}});
+  std::vector<Way> floors = floors_of(o, placement.share());
   for (uint32_t round = 0; round < o.rounds; ++round) {
-    for (size_t i = 0; i < floors.size(); ++i) {
-      const PlanRule rule = rule_of(o, placement.share(), Algorithm::kOneShot, 1, 1, o.resident[i]);
-      floors[i].add(world.floor_us(rows, rule));
-    }
+    for (Way& floor : floors) floor.add(world.floor_us(rows, floor.rule));
     measure(world, rows, ways);
   }
   const Way& floor =

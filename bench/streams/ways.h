@@ -12,7 +12,7 @@ namespace gan::streams {
 
 // A way to do a call, and how long it took in each replay of all rounds.
 struct Way {
-  std::string name, path;  // path: the algorithm, of the plan
+  std::string name, path;  // path: the algorithm, of the plan; the shape, of the floor
   PlanRule rule;
   std::vector<double> us{};
 
@@ -38,12 +38,33 @@ inline bool has(const std::vector<std::string>& list, const char* item) {
   return std::find(list.begin(), list.end(), item) != list.end();
 }
 
+// Of --teams: a row's blocks have a warp of packs each at least, and the team fits into the share.
+inline std::vector<uint32_t> teams_of(const Options& o, uint32_t share) {
+  std::vector<uint32_t> fit;
+  for (uint32_t teams : o.teams) {
+    if (teams == 1 || (o.hidden / kPackElements / teams >= 32 && teams <= share))
+      fit.push_back(teams);
+  }
+  return fit;
+}
+
+// The floor in all shapes that --teams and --resident ask for, of which the fastest is reported.
+inline std::vector<Way> floors_of(const Options& o, uint32_t share) {
+  std::vector<Way> floors;
+  for (uint32_t teams : teams_of(o, share)) {
+    for (uint32_t resident : o.resident) {
+      const std::string shape = std::to_string(teams) + (resident == 1 ? "/full" : "");
+      floors.push_back(
+          {"floor", shape, rule_of(o, share, Algorithm::kOneShot, teams, 1, resident)});
+    }
+  }
+  return floors;
+}
+
 // What is to be measured of calls of a size: all that --algorithms, --teams, ... ask for.
 inline std::vector<Way> ways_of(const Options& o, uint32_t share) {
   std::vector<Way> ways;
-  for (uint32_t teams : o.teams) {
-    // A row's blocks have a warp of packs each at least, and the team fits into the share.
-    if (teams > 1 && (o.hidden / kPackElements / teams < 32 || teams > share)) continue;
+  for (uint32_t teams : teams_of(o, share)) {
     for (uint32_t resident : o.resident) {
       const auto rule = [&](Algorithm algorithm, uint32_t lead) {
         return rule_of(o, share, algorithm, teams, lead, resident);
