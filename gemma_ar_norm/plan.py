@@ -94,8 +94,9 @@ class Shape(NamedTuple):
 # ----------------------------------------------------------------------------------- the tables
 # Measured with bench/streams on one H100 (132 SMs, 132/N a rank) on 2026-11-24: bf16, residual,
 # graphs of 20 calls, hidden 640 to 16384, 1 to 1024 rows; bench/results/2026-11-24-h100/sweep.txt
-# has all of it. Not measured with one rank a GPU. Of the shapes that were tried the tables take one
-# that is within a few per cent of the best in every cell of N=2, 4 and 8.
+# has all of it. Of the shapes that were tried the tables take one that is within a few per cent of
+# the best in every cell of N=2, 4 and 8. With one rank a GPU only one-shot was looked at, on two
+# H200 with 1 to 256 rows of hidden 4096 and 5120 (bench/results/2026-11-28-2xh200): within 1 %.
 #
 # A row in more, smaller blocks takes less time, until there are more rows than places for them.
 # Launches of several rows a block gain more by taking all places than by the next one's early
@@ -150,27 +151,33 @@ _ONE_SHOT_ON_ONE_GPU = {
 _ON_ONE_GPU = "measured on one H100 that all ranks share, 2026-11-24"
 _NOT_MEASURED = (5, 7)
 
-# ------------------------------------------------------------------------- several GPUs, a model
+# ---------------------------------------------------- several GPUs: two measured, more by a model
+
+TWO_RANKS_BYTES = 7 << 20
+"""Up to which size of x one-shot is no slower than two-shot between two GPUs. Both move the same
+there; two-shot is a hop slower, and faster a byte (why was not looked into). Two H200 over NVLink,
+2026-11-28, hidden 2048 to 8192: bench/results/2026-11-28-2xh200/crossovers.txt."""
 
 HOP_S = 1.1e-6
 """What a second hop over NVLink costs, in seconds: an H100's one-way store of 762 ns and a load of
-its memory, as published."""
+its memory, as published. (Two H200: 720 to 740 ns one way; one row by two-shot 1.1 to 1.4 us more
+than by one-shot.)"""
 
 LINK_BYTES_A_SECOND = {8: 240e9, 9: 360e9, 10: 720e9, 12: 720e9}
-"""What a GPU's NVLinks bring in one direction, by major compute capability, as published. (GPUs
-without NVLink have no native peer atomics, so their ranks take the unfused path: `init`.)"""
+"""What a GPU's NVLinks bring in one direction, by major compute capability, as published. (An H200
+pushes 365e9. GPUs without NVLink have no native peer atomics, so their ranks take the unfused path:
+`init`.)"""
 
 
 def crossover_bytes(ranks: int, major: int) -> int:
-    """The bytes of x up to which one-shot is no slower than two-shot over NVLink, by the model
+    """The bytes of x up to which one-shot is no slower than two-shot over NVLink; of three and more
+    ranks by the model
 
         one-shot: latency + (ranks - 1) bytes / speed
         two-shot: latency + HOP_S + 2 (ranks - 1) bytes / (ranks speed)
-
-    With two ranks both move the same, and one-shot is never slower.
     """
     if ranks == 2:
-        return NO_LIMIT * PACK_BYTES  # more than any inbox has
+        return TWO_RANKS_BYTES
     speed = LINK_BYTES_A_SECOND.get(major, LINK_BYTES_A_SECOND[max(LINK_BYTES_A_SECOND)])
     return int(HOP_S * speed * ranks / ((ranks - 1) * (ranks - 2)))
 
@@ -233,10 +240,11 @@ def make_rules(
     else:
         most_bytes = crossover_bytes(ranks, compute_capability[0])
         one_shot_sizes = (Size(max_packs=most_bytes // PACK_BYTES),)
-        upto = "of any size" if ranks == 2 else f"up to {most_bytes} bytes"
+        measured = "measured between two H200, 2026-11-28"
+        how = measured if ranks == 2 else "by a model of NVLink, not measured"
         evidence = (
-            f"one-shot {upto} by a model of NVLink, not measured; shapes measured on one H100 that "
-            "all ranks share, 2026-11-24"
+            f"one-shot up to {most_bytes} bytes {how}; shapes measured on one H100 that all ranks "
+            "share, 2026-11-24"
         )
     many = ranks >= MANY_RANKS
     one_shot, two_shot = (

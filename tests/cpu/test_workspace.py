@@ -259,8 +259,8 @@ def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
     rules = workspace._rules(facts)
     most_blocks = max(rule.blocks_a_team for rule in rules)
     early = max(rule.trigger for rule in rules)
-    by_model = any("a model of NVLink" in rule.evidence for rule in rules)
-    assert (rules[0].multiprocessors, most_blocks, early, not by_model) == expected
+    over_links = any("one-shot up to" in rule.evidence for rule in rules)
+    assert (rules[0].multiprocessors, most_blocks, early, not over_links) == expected
 
 
 LESS = {

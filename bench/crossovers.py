@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""What several GPUs' measurements say of the plan: which algorithm from which size on.
+
+    python bench/crossovers.py REPORT.json ... [--links LINKS.json] [--json FILE]
+
+REPORT.json: of bench_fused.py with the algorithms `floor` and `ours`, and `nccl` if there; one rank
+a GPU. LINKS.json: of links/run.py on the same machine. For every number of ranks:
+
+  - up to which size one-shot is no slower than two-shot, beside what plan.py takes;
+  - how far the plan's choice is from the faster algorithm, and NCCL + norm from the plan's;
+  - with --links, a model of each call, and the measurement over it:
+        one-shot: floor + latency + (ranks - 1) bytes / speed
+        two-shot: floor + 2 latency + 2 (ranks - 1) / ranks bytes / speed
+    floor: the residual add and norm alone, measured at that size; bytes: of x; latency: of a push;
+    speed: what a GPU can push to all others at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import report as reports
+
+ONE, TWO, PLAN, NCCL = "ours/one_shot", "ours/two_shot", "ours/auto", "nccl + norm"
+ALIKE = 1.02  # times that differ by less say nothing
+
+
+@dataclass(frozen=True)
+class Links:
+    """latency_us: of a push of one pack. gb_s: of each GPU that pushes to all others at once."""
+
+    latency_us: float
+    gb_s: float
+
+    @staticmethod
+    def of(path: Path) -> Links:
+        found = json.loads(path.read_text())
+        between = [
+            one["ns"]
+            for one in found["latency_ns"]
+            if one["packs"] == 1 and (one["from"] != one["to"] or found["gpus"] == 1)
+        ]
+        speeds = [one["gb_s"] for one in found["bandwidth"] if one["pattern"] == "all"]
+        return Links(statistics.median(between) / 1e3, max(speeds))
+
+    def model_us(self, algorithm: str, ranks: int, floor_us: float, size: int) -> float:
+        hops, moved = (1, ranks - 1) if algorithm == ONE else (2, 2 * (ranks - 1) / ranks)
+        return floor_us + hops * self.latency_us + moved * size / self.gb_s / 1e3
+
+
+@dataclass
+class Point:
+    """A shape of call that was measured. us: by algorithm; size: the bytes of x."""
+
+    ranks: int
+    hidden: int
+    rows: int
+    size: int
+    path: str  # what the plan took
+    us: dict[str, float]
+    model_us: dict[str, float]
+
+    def over_best(self) -> float | None:
+        found = [self.us[name] for name in (ONE, TWO) if name in self.us]
+        return self.us[PLAN] / min(found) if found and PLAN in self.us else None
+
+    def nccl_over_plan(self) -> float | None:
+        return self.us[NCCL] / self.us[PLAN] if {NCCL, PLAN} <= self.us.keys() else None
+
+    def over_model(self) -> float | None:
+        """The plan's call over the model of the better algorithm."""
+        return self.us[PLAN] / min(self.model_us.values()) if self.model_us else None
+
+
+def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Point]:
+    by_shape: dict[reports.Key, Point] = {}
+    for report in found:
+        for cell in report["cells"]:
+            if cell["us"] is None:
+                continue
+            size = cell["rows"] * cell["hidden"] * reports.ITEM_BYTES[cell["dtype"]]
+            new = Point(cell["ranks"], cell["hidden"], cell["rows"], size, "", {}, {})
+            point = by_shape.setdefault(reports.shape(cell), new)
+            point.us[cell["algorithm"]] = cell["us"]
+            if cell["algorithm"] == PLAN:
+                point.path = cell["path"]
+    points = [point for point in by_shape.values() if PLAN in point.us]
+    for point in points:
+        floor = point.us.get(reports.FLOOR)
+        if links is not None and floor is not None:
+            point.model_us = {
+                name: links.model_us(name, point.ranks, floor, point.size) for name in (ONE, TWO)
+            }
+    return sorted(points, key=lambda p: (p.ranks, p.hidden, p.rows))
+
+
+def crossover(points: Sequence[Point]) -> tuple[int | None, int | None]:
+    """(the largest size up to which one-shot is no slower, the next one measured), of points of one
+    hidden size and number of ranks; None where there is none."""
+    last = None
+    for point in sorted(points, key=lambda p: p.size):
+        if not {ONE, TWO} <= point.us.keys():
+            continue
+        if point.us[ONE] > point.us[TWO] * ALIKE:
+            return last, point.size
+        last = point.size
+    return last, None
+
+
+def table(points: Sequence[Point]) -> list[str]:
+    head = ("ranks", "hidden", "rows", "KiB", "floor", "one_shot", "two_shot", "plan", "took")
+    head += ("/best", "nccl", "nccl/plan", "model", "/model")
+    rows: list[Sequence[str]] = [head]
+    for p in points:
+        times = [reports.number(p.us.get(n), 2) for n in (reports.FLOOR, ONE, TWO, PLAN)]
+        model = min(p.model_us.values(), default=None)
+        rows.append(
+            [
+                *(str(p.ranks), str(p.hidden), str(p.rows), reports.number(p.size / 1024, 0)),
+                *times,
+                p.path,
+                reports.number(p.over_best(), 2),
+                reports.number(p.us.get(NCCL), 2),
+                reports.number(p.nccl_over_plan(), 2),
+                reports.number(model, 2),
+                reports.number(p.over_model(), 2),
+            ]
+        )
+    return reports.columns(rows, {"took"})
+
+
+def groups_of(points: Sequence[Point]) -> Mapping[tuple[int, int], list[Point]]:
+    found: dict[tuple[int, int], list[Point]] = {}
+    for point in points:
+        found.setdefault((point.ranks, point.hidden), []).append(point)
+    return found
+
+
+def worst(points: Sequence[Point], value: Any, *, largest: bool = True) -> str:
+    known = [(found, p) for p in points if (found := value(p)) is not None]
+    if not known:
+        return "not measured"
+    found, p = (max if largest else min)(known, key=lambda one: one[0])
+    return f"{found:.2f} ({p.rows} x {p.hidden})"
+
+
+def conclusions(points: Sequence[Point], planned: Any) -> list[str]:
+    lines = []
+    for ranks in sorted({p.ranks for p in points}):
+        mine = [p for p in points if p.ranks == ranks]
+        lines.append(f"{ranks} ranks; the plan has one-shot up to {planned(ranks)}")
+        for (_, hidden), group in groups_of(mine).items():
+            last, following = crossover(group)
+            upto = "at no size" if last is None else f"up to {last} bytes"
+            then = "" if following is None else f"; two-shot is faster at {following}"
+            lines.append(f"  hidden {hidden}: one-shot is no slower {upto}{then}")
+        small = [p for p in mine if p.size <= 256 << 10]
+        lines += [
+            f"  the plan over the faster algorithm, at most: {worst(mine, Point.over_best)}",
+            "  NCCL + norm over the plan, at least: "
+            f"{worst(mine, Point.nccl_over_plan, largest=False)}; up to 256 KiB: "
+            f"{worst(small, Point.nccl_over_plan, largest=False)}",
+            f"  over the model, at most: {worst(mine, Point.over_model)}",
+        ]
+    return lines
+
+
+def planned_by(gpu: str) -> Any:
+    """What plan.py has for GPUs of this name, in words."""
+    from streams import run as streams
+
+    plan = streams.load_plan()
+    major = 9 if "H100" in gpu or "H200" in gpu else 10 if "B200" in gpu else 8
+
+    return lambda ranks: f"{plan.crossover_bytes(ranks, major)} bytes"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    p.add_argument("reports", nargs="+", metavar="REPORT.json")
+    p.add_argument("--links", type=Path, metavar="LINKS.json")
+    p.add_argument("--json", type=Path, metavar="FILE", help="the points, with models")
+    given = p.parse_args(arguments)
+    try:
+        found = [reports.load(path) for path in given.reports]
+        links = None if given.links is None else Links.of(given.links)
+    except (OSError, ValueError, KeyError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    points = points_of(found, links)
+    if not points:
+        print("REPORT.json: cells of ours/auto are required; got none", file=sys.stderr)
+        return 2
+    print(reports.head(found[0]))
+    if links is not None:
+        print(f"latency {links.latency_us:.2f} us; {links.gb_s:.0f} GB/s from a GPU to all others")
+    print("", *table(points), "", *conclusions(points, planned_by(found[0]["gpu"])), sep="\n")
+    if given.json:
+        given.json.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
