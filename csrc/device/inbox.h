@@ -105,8 +105,7 @@ GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) 
 GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows,
                                      uint64_t row_bytes) {
   const uint64_t one_shot = one_shot_rows * one_shot_row_bytes(row_bytes);
-  const uint64_t two_shot =
-      two_shot_rows * two_shot_row_bytes(ranks, row_bytes) + kTwoShotGapBytes;
+  const uint64_t two_shot = two_shot_rows * two_shot_row_bytes(ranks, row_bytes) + kTwoShotGapBytes;
   const uint64_t area = round_up(one_shot > two_shot ? one_shot : two_shot, kAreaAlignment);
   return round_up(kHeaderBytes + kStages * (ranks - 1) * area, kAllocationAlignment);
 }
