@@ -73,6 +73,65 @@ def test_streams_with_a_wrong_result(monkeypatch):
         assert report["mismatches"] > 0
 
 
+def kind(rows: int, hidden: int, dtype: torch.dtype, form: str, algorithm: str, **others):
+    usual = {
+        "weight_dtype": torch.float32,
+        "eps": 1e-6,
+        "weight_bias": 1.0,
+        "out": "none",
+        "shape_of": "rows",
+        **{f"{name}_layout": "dense" for name in ("x", "residual", "weight")},
+        **dict.fromkeys(("differ", "between", "alone"), False),
+    }
+    return soak_calls.Kind(rows, hidden, dtype, form, algorithm, **{**usual, **others})
+
+
+# (how, max_rows and hidden_size of the workspace, calls). Of four ranks on a GPU of 132 SMs, one
+# rank's kernel did not start: clusters filled nearly all places, and other kernels ran beside.
+DID_NOT_START = {
+    "one rank's norm before": (
+        ("graph", 256, 16384),
+        [
+            kind(42, 228, torch.float32, "sandwich", "auto", alone=True),
+            kind(216, 2304, torch.float32, "sandwich", "two_shot"),
+        ],
+    ),
+    "copies of x before": (
+        ("eager", 1, 64),
+        [kind(49, 5120, torch.float16, "plain", "auto", x_layout="wide rows")],
+    ),
+    "copies of residual before": (
+        ("graph", 1, 8192),
+        [
+            kind(36, 16384, torch.float16, "plain", "auto"),
+            kind(
+                *(167, 3584, torch.float16, "residual", "two_shot"),
+                residual_layout="every second",
+                differ=True,
+            ),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DID_NOT_START)
+def test_launches_that_did_not_start(name):
+    (how, max_rows, hidden_size), calls = DID_NOT_START[name]
+    batch = soak_calls.Batch(0, how, False, 2 if how == "graph" else 1, tuple(calls))
+    streams = soak.Streams(4)
+    try:
+        for _ in range(5):
+            streams.renew(
+                how="local_group", max_rows=max_rows, hidden_size=hidden_size, timeout_s=5.0
+            )
+            counts = soak.Counts(streams.setting)
+            made, _, problems = soak.run_batch(streams, 7, batch, counts)
+            assert problems == []
+            assert made == batch.replays * len(calls)
+    finally:
+        streams.close()
+
+
 RAISES = """
 import itertools, os, sys
 import gemma_ar_norm
