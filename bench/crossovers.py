@@ -47,8 +47,13 @@ class Links:
             for one in found["latency_ns"]
             if one["packs"] == 1 and (one["from"] != one["to"] or found["gpus"] == 1)
         ]
-        speeds = [one["gb_s"] for one in found["bandwidth"] if one["pattern"] == "all"]
-        return Links(statistics.median(between) / 1e3, max(speeds))
+        by_pattern: dict[str, float] = {}
+        for one in found["bandwidth"]:
+            by_pattern[one["pattern"]] = max(one["gb_s"], by_pattern.get(one["pattern"], 0.0))
+        if not between or not by_pattern:
+            raise ValueError(f"{path}: latencies and bandwidths are required; got none")
+        # One GPU alone, or where some do not reach each other, has no "all".
+        return Links(statistics.median(between) / 1e3, by_pattern.get("all", by_pattern["pair"]))
 
     def model_us(self, algorithm: str, ranks: int, floor_us: float, size: int) -> float:
         hops, moved = (1, ranks - 1) if algorithm == ONE else (2, 2 * (ranks - 1) / ranks)
@@ -177,7 +182,8 @@ def planned_by(gpu: str) -> Any:
     from streams import run as streams
 
     plan = streams.load_plan()
-    major = 9 if "H100" in gpu or "H200" in gpu else 10 if "B200" in gpu else 8
+    majors = {"A100": 8, "A800": 8, "B100": 10, "B200": 10, "B300": 10}  # the others: as an H100
+    major = next((major for name, major in majors.items() if name in gpu), 9)
 
     return lambda ranks: f"{plan.crossover_bytes(ranks, major)} bytes"
 
@@ -199,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("REPORT.json: cells of ours/auto are required; got none", file=sys.stderr)
         return 2
     print(reports.head(found[0]))
+    for path, report in zip(given.reports, found, strict=True):
+        if not report["complete"]:
+            print(f"NOT COMPLETE: {path}: the run ended before all was measured")
     if links is not None:
         print(f"latency {links.latency_us:.2f} us; {links.gb_s:.0f} GB/s from a GPU to all others")
     print("", *table(points), "", *conclusions(points, planned_by(found[0]["gpu"])), sep="\n")

@@ -18,6 +18,7 @@ export PYTHONUNBUFFERED=1 GAN_CUDA_ARCHS="${GAN_CUDA_ARCHS:-native}"
 out="${1:-bench/results/$(date +%F)-multi-gpu}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
+rm -f "$out"/{links,sweep_*,others_*,crossovers}.json  # of an earlier run
 start=$SECONDS limit="${LIMIT:-530}" failed=()
 
 left() { echo $((limit - (SECONDS - start))); }
@@ -56,7 +57,7 @@ if [ -z "${PYTHON:-}" ]; then
   step build 240 make build || exit 1
   PYTHON="$PWD/.venv/bin/python"
 fi
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())') || exit 2
 if [ "$gpus" -lt 1 ]; then
   echo "multi_gpu.sh: a machine with a GPU is required; got none; see bench/README.md" >&2
   exit 2
@@ -66,6 +67,7 @@ worlds=()
 for n in 2 4 8; do [ "$n" -le "$most" ] && worlds+=("$n"); done
 echo "$gpus GPUs; ranks: ${worlds[*]} and all between"
 
+step build_links 150 "$PYTHON" -c "import sys; sys.path.insert(0, 'bench/links'); import run; run.build()"
 step topology 30 bash -c topology
 
 # ---- links ----
@@ -79,6 +81,8 @@ step tests 150 "$PYTHON" -m pytest -q -p no:cacheprovider tests/gpu/test_process
   -k "test_case and (${wanted:4})"
 step faults 60 env PYTHONPATH=. "$PYTHON" tests/gpu/faults.py --runs killed --json "$out/faults.json"
 
+step soak 100 "$PYTHON" -m gemma_ar_norm soak --minutes 1 --ranks "$most" --as processes
+
 # ---- measurements ----
 
 fused() { # fused NAME SECONDS RANKS OPTIONS...
@@ -89,30 +93,28 @@ fused() { # fused NAME SECONDS RANKS OPTIONS...
 
 # Beside the others, at the sizes of decoding and prefill.
 fused "others_$most" 90 "$most" --hidden 5120 --rows 1 8 25 64 256 1024
-# The algorithms, over all sizes.
-sweeps=()
-for ((n = most; n >= 2; n--)); do
-  rows=(1 2 4 8 16 32 64 128 256 512 1024 2048 4096)
-  hiddens=(2048 4096 5376 8192)
-  case " ${worlds[*]} " in
-    *" $n "*) ;;
-    *) rows=(1 16 64 256 1024) hiddens=(4096) ;;  # 3, 5, 6, 7 ranks
-  esac
-  plot=()
-  "$PYTHON" -c 'import matplotlib' 2>/dev/null && plot=(--plot "$out/sweep_$n")
-  fused "sweep_$n" 110 "$n" --hidden "${hiddens[@]}" --rows "${rows[@]}" --replays 20 \
-    --algorithms floor ours nccl "${plot[@]}"
-  [ -s "$out/sweep_$n.json" ] && sweeps+=("$out/sweep_$n.json")
+# The algorithms over all sizes; of the numbers of ranks between, fewer.
+sweeps=() plots=no
+"$PYTHON" -c 'import matplotlib' 2>/dev/null && plots=yes || echo "no plots: they need matplotlib"
+sweep() { # sweep RANKS HIDDENS ROWS
+  local name="sweep_$1" plot=()
+  [ $plots = yes ] && plot=(--plot "$out/$name")
+  # shellcheck disable=SC2086  # hidden sizes and rows are words
+  fused "$name" 110 "$1" --hidden $2 --rows $3 --replays 20 --algorithms floor ours nccl \
+    ${plot[@]+"${plot[@]}"}
+  [ -s "$out/$name.json" ] && sweeps+=("$out/$name.json")
+}
+for n in "${worlds[@]}"; do
+  sweep "$n" "2048 4096 5376 8192" "1 2 4 8 16 32 64 128 256 512 1024 2048 4096"
+done
+for ((n = 3; n <= most; n++)); do
+  [[ " ${worlds[*]} " == *" $n "* ]] || sweep "$n" 4096 "1 16 64 256 1024"
 done
 
 links=()
 [ -s "$out/links.json" ] && links=(--links "$out/links.json")
 [ ${#sweeps[@]} -gt 0 ] && step crossovers 30 "$PYTHON" bench/crossovers.py "${sweeps[@]}" \
-  "${links[@]}" --json "$out/crossovers.json" && cat "$out/crossovers.txt"
-
-# ---- once more, for long ----
-
-step soak 100 "$PYTHON" -m gemma_ar_norm soak --minutes 1 --ranks "$most" --as processes
+  ${links[@]+"${links[@]}"} --json "$out/crossovers.json" && cat "$out/crossovers.txt"
 
 echo "$((SECONDS - start)) s; results in $out"
 if [ ${#failed[@]} -gt 0 ]; then

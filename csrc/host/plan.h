@@ -122,22 +122,26 @@ struct PlannedLaunch {
   LaunchShape shape(uint32_t row_packs) const { return shape_of(*rule, rows, row_packs); }
 };
 
-// The next launch of a call of which `rows` are left, at least 1. Where no algorithm is wanted and
-// the plan's takes too few rows a launch, it is the one that takes the most.
+// The next launch of a call of which `rows` are left, at least 1. Where that is more than an inbox
+// takes, the plan's choice is that for the part that it takes; unless the other algorithm takes a
+// good deal more rows at once.
 inline PlannedLaunch next_launch(const std::vector<PlanRule>& rules, const InboxLayout& layout,
                                  uint64_t rows, uint32_t row_packs,
                                  std::optional<Algorithm> wanted) {
-  const auto most = [&](Algorithm algorithm) { return max_rows_of(algorithm, layout, row_packs); };
-  const PlanRule* rule = &choose(rules, rows, row_packs, wanted);
-  if (most(rule->algorithm) >= rows) return {rows, rule};
-  Algorithm algorithm = rule->algorithm;
-  if (!wanted) {
-    for (const Algorithm other : {Algorithm::kOneShot, Algorithm::kTwoShot}) {
-      if (most(other) > most(algorithm)) algorithm = other;
-    }
-  }
-  const uint64_t part = std::min(rows, most(algorithm));
-  return {part, &choose(rules, part, row_packs, algorithm)};
+  const auto most = [&](Algorithm algorithm) {
+    return std::min(rows, max_rows_of(algorithm, layout, row_packs));
+  };
+  const auto by = [&](Algorithm algorithm) {
+    return PlannedLaunch{most(algorithm), &choose(rules, most(algorithm), row_packs, algorithm)};
+  };
+  if (wanted) return by(*wanted);
+  const uint64_t part = std::max(most(Algorithm::kOneShot), most(Algorithm::kTwoShot));
+  const PlanRule& planned = choose(rules, part, row_packs);
+  const uint64_t rows_as_planned = most(planned.algorithm);
+  if (rows_as_planned == part) return {part, &planned};
+  constexpr uint64_t kGoodDeal = 8;  // an eighth
+  if ((part - rows_as_planned) * kGoodDeal < part) return by(planned.algorithm);
+  return by(planned.algorithm == Algorithm::kOneShot ? Algorithm::kTwoShot : Algorithm::kOneShot);
 }
 
 }  // namespace gan

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ GPUS2 = {
     "date": "2026-01-02 03:04 UTC",
     "gpu": "NVIDIA H200",
     "gpus": 2,
+    "complete": True,
     "driver": "580.1",
     "versions": {"torch": "2.11.0"},
     "placement": "2 GPUs, one rank each",
@@ -94,6 +94,20 @@ def test_where_two_shot_begins_and_what_the_plan_costs(tmp_path, capsys):
     assert "at most: 1.92 (4 x 4096)" in said  # 6.0 / 3.13 us
 
 
+def test_links_within_one_gpu_and_reports_that_are_cut_short(tmp_path, capsys):
+    report, links = made_files(tmp_path)
+    content = json.loads(links.read_text())
+    content["gpus"] = 1
+    content["latency_ns"] = content["latency_ns"][:1]
+    content["bandwidth"] = content["bandwidth"][:1]
+    links.write_text(json.dumps(content))
+    report.write_text(json.dumps({**json.loads(report.read_text()), "complete": False}))
+    assert crossovers.main([str(report), "--links", str(links)]) == 0
+    said = capsys.readouterr().out
+    assert "latency 0.30 us; 999 GB/s" in said
+    assert "NOT COMPLETE" in said
+
+
 def test_one_shot_faster_everywhere_or_nowhere():
     def points(*times: tuple[float, float]) -> list[crossovers.Point]:
         cells = [
@@ -140,10 +154,12 @@ def test_without_a_gpu_the_script_says_so(tmp_path):
 
 STAND_IN = """#!/bin/bash
 case "$*" in
-  *device_count*) echo {gpus} ;;
+  *device_count*) echo {gpus}; [ {gpus} != none ] || exit 1 ;;
   *"import matplotlib"*) exit 1 ;;
   *test_processes*) echo no; exit 3 ;;
-  *) echo "did $*"; [[ "$*" =~ --json\\ ([^ ]+) ]] && echo x > "${{BASH_REMATCH[1]}}" ;;
+  *)
+    echo "did $*; multicast $NCCL_NVLS_ENABLE $TORCH_SYMM_MEM_DISABLE_MULTICAST"
+    [[ "$*" =~ --json\\ ([^ ]+) ]] && echo x > "${{BASH_REMATCH[1]}}" ;;
 esac
 exit 0
 """
@@ -166,8 +182,24 @@ def test_a_step_that_fails_stops_nothing_else(tmp_path, gpus):
     asked = (out / "crossovers.txt").read_text().splitlines()[0]
     assert asked.count(".json") == len(ranks) + 2  # sweeps, links, and what it writes
     assert f"--ranks {max(gpus, 2)} --as processes" in (out / "soak.txt").read_text()
+    assert "multicast 0 1" in (out / "soak.txt").read_text()
     wanted = " or ".join(f"{n}-" for n in (2, 4, 8) if n in ranks)
     assert f"test_case and ({wanted})" in (out / "tests.txt").read_text()
+
+
+def test_a_python_without_torch_is_refused(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(STAND_IN.format(gpus="none"))
+    python.chmod(0o755)
+    assert run_script(tmp_path, PYTHON=str(python)).returncode == 2
+
+
+def test_reports_of_an_earlier_run_are_not_taken(tmp_path):
+    (tmp_path / "out").mkdir()
+    old = tmp_path / "out" / "sweep_2.json"
+    old.write_text("old")
+    run_script(tmp_path, PYTHON=sys.executable)  # ends for want of a GPU
+    assert not old.exists()
 
 
 def test_no_time_left(tmp_path):
@@ -178,8 +210,3 @@ def test_no_time_left(tmp_path):
     assert result.returncode == 1
     assert "soak: not run: no time is left" in result.stdout
     assert not (tmp_path / "out" / "soak.txt").exists()
-
-
-def test_nothing_turns_multicast_on():
-    text = (BENCH / "multi_gpu.sh").read_text()
-    assert re.search(r"NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1", text)

@@ -107,17 +107,18 @@ def launches(
     wanted: str = "auto",
 ) -> list[tuple[int, int]]:
     """(rows, rule) of each launch."""
-    most = [rows_of_a_launch(a, ranks, inbox_bytes, row_packs) for a in range(2)]
     found = []
     while rows > 0:
-        part, rule = rows, pick(rules, rows, row_packs, wanted)
-        algorithm = rules[rule].algorithm
-        if most[algorithm] < rows:
-            if wanted == "auto" and most[1 - algorithm] > most[algorithm]:
+        most = [min(rows, rows_of_a_launch(a, ranks, inbox_bytes, row_packs)) for a in range(2)]
+        if wanted == "auto":
+            part = max(most)
+            algorithm = rules[pick(rules, part, row_packs)].algorithm
+            if most[algorithm] <= 7 / 8 * part:
                 algorithm = 1 - algorithm
-            part = min(rows, most[algorithm])
-            rule = pick(rules, part, row_packs, plan.FUSED_ALGORITHMS[algorithm])
-        found.append((part, rule))
+        else:
+            algorithm = plan.FUSED_ALGORITHMS.index(wanted)
+        part = most[algorithm]
+        found.append((part, pick(rules, part, row_packs, plan.FUSED_ALGORITHMS[algorithm])))
         rows -= part
     return found
 
@@ -462,14 +463,30 @@ def test_a_call_is_cut_into_launches(made, ranks, one_gpu, inbox_kib, rows, row_
         bytes_of_rows = one["rows"] * row_bytes_of_an_area(algorithm, ranks, row_packs)
         assert bytes_of_rows + gap_of(algorithm) <= area
         assert 1 <= one["teams"] <= one["rows"]
-        planned = algorithm_of(rules, left, row_packs)
+        part = min(left, max(most))
+        planned = algorithm_of(rules, part, row_packs)
         if wanted != "auto":
             assert plan.FUSED_ALGORITHMS[algorithm] == wanted
         elif algorithm != planned:
-            # The plan's takes too few rows a launch, and this one takes more.
-            assert most[planned] < min(left, most[algorithm])
+            assert 8 * min(left, most[planned]) <= 7 * part, "the plan's takes nearly as many rows"
         left -= one["rows"]
     assert left == 0
+
+
+@pytest.mark.parametrize("hidden", [2048, 4096, 5376, 6144, 8192])
+@pytest.mark.parametrize("max_rows", [64, 256, 4096])
+def test_a_part_has_the_algorithm_of_its_own_size(max_rows, hidden):
+    """Of a long prefill on two GPUs: also where two-shot takes a row less than one-shot."""
+    rules = rules_for(2, 132, (9, 0), False, False)
+    row_packs, row_bytes = hidden * 2 // 16, hidden * 2
+    one_shot_rows = plan.most_one_shot_rows(rules, max_rows, row_packs)
+    size = _C.inbox_bytes(2, one_shot_rows, max_rows, row_bytes)
+    found = launches_of_cpp(rules, 2, size, 20_000, row_packs)
+    assert len(found) > 1
+    for one in found:
+        bytes_of_part = one["rows"] * row_bytes
+        two_shot = bytes_of_part + row_bytes > plan.crossover_bytes(2, 9)
+        assert one["algorithm"] == (plan.TWO_SHOT if two_shot else plan.ONE_SHOT), one
 
 
 def test_no_room_for_a_row():
