@@ -28,7 +28,8 @@ from .cases import Outputs
 WARM_UPS = 3
 SLOW_REPLAY_S, SLOW_REPLAYS = 0.05, 3  # ranks that are time-sliced
 EAGER_ROUNDS, EAGER_ROUND_S = 7, 0.1
-SLEEP_CYCLES = 20_000_000  # 10 ms, about; as long as the host may take to queue all replays
+# 10 ms, about: as long as the host may take to queue all replays. Where it takes longer, the next.
+SLEEP_CYCLES = (20_000_000, 100_000_000, 500_000_000)
 
 COPY_BYTES, COPIES = {"cuda": 256 << 20, "cpu": 16 << 20}, 20
 
@@ -43,6 +44,7 @@ class Start:
         self._small = torch.zeros(1, 256, dtype=torch.bfloat16, device=world.device)
         self._weight = torch.zeros(256, dtype=torch.bfloat16, device=world.device)
         self._go: Callable[[], object]
+        self.on_the_host = False  # then the host waits in each replay, and its time is in none
         if world.ranks == 1:
             self.how, self._go = "one rank: nothing", lambda: None
         elif world.gpu and not world.not_fused:
@@ -52,12 +54,13 @@ class Start:
             self.how = "on the device: NCCL's all-reduce of one row"
             self._go = lambda: dist.all_reduce(self._small)
         else:
-            self.how, self._go = "on the host: a barrier", self._on_the_host
+            self.how, self._go = "on the host: a barrier", self._barrier
+            self.on_the_host = True
 
     def __call__(self) -> None:
         self._go()
 
-    def _on_the_host(self) -> None:
+    def _barrier(self) -> None:
         if self._world.gpu:
             torch.cuda.synchronize()
         dist.barrier()
@@ -138,16 +141,29 @@ def timed(works: list[Callable[[], None]], start: Start, flush: Flush) -> list[f
     events = [
         (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in works
     ]
-    dist.barrier()
-    torch.cuda._sleep(SLEEP_CYCLES)
-    for work, (begin, end) in zip(works, events, strict=True):
-        flush()
-        start()
-        begin.record()
-        work()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) * 1e3 for begin, end in events]
+
+    def queue_all(cycles: int) -> bool:
+        """Whether the GPU slept until all was queued."""
+        dist.barrier()
+        torch.cuda._sleep(cycles)
+        for work, (begin, end) in zip(works, events, strict=True):
+            flush()
+            start()
+            begin.record()
+            work()
+            end.record()
+        in_time = start.on_the_host or not events[0][0].query()
+        torch.cuda.synchronize()
+        return in_time
+
+    # On all ranks alike, for they meet in each replay.
+    for cycles in SLEEP_CYCLES:
+        if all(gather(queue_all(cycles))):
+            return [begin.elapsed_time(end) * 1e3 for begin, end in events]
+    raise RuntimeError(
+        f"timing: a host that queues {len(works)} replays while the GPU sleeps is required; got a "
+        "slower one; pass fewer --replays"
+    )
 
 
 def host_us(calls: Calls, world: World, most: int) -> tuple[list[float], Outputs]:

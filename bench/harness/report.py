@@ -71,6 +71,16 @@ def driver_version() -> str | None:
         return None
 
 
+def commit() -> str | None:
+    """Of this checkout, with "-dirty" where files are changed; None without git."""
+    describe = ["git", "-C", str(PUBLISHED.parent), "describe", "--always", "--dirty"]
+    try:
+        asked = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=True)
+        return asked.stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 # ---------------------------------------------------------------------------------------- the file
 
 

@@ -121,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, exit_code = measure(build(), options)
     if lines:
         found = report_of(lines, complete=exit_code == 0)
+        if commit := reports.commit():
+            found["versions"]["commit"] = commit
         print(table(found))
         if given.json:
             reports.save(found, given.json)

@@ -98,6 +98,8 @@ def report(file: Path, plot: str | None) -> None:
     """Adds to the file what streams cannot know, and shows it."""
     found = reports.load(file)
     found["driver"] = reports.driver_version()
+    if commit := reports.commit():
+        found["versions"]["commit"] = commit
     reports.save(found, file)
     print(reports.table(found))
     if plot and found["cells"]:

@@ -23,6 +23,7 @@ cudaError_t preload_kernels(uint32_t ranks);
 // Has all of them ask for the same division of an SM's memory between L1 and shared memory: the
 // most shared. For ranks that are streams of one process: it is not changed while a block is on the
 // SM, so a rank's kernel that asks for another cannot start where its peers' wait for it.
+// It holds for the rest of the process.
 cudaError_t prefer_shared_memory(uint32_t ranks);
 
 // What the kernels that the current device runs were compiled for: 90 for sm_90 or its PTX. Code

@@ -294,7 +294,14 @@ class FakeCuda:
     def __init__(self, monkeypatch):
         self.queued: list[str] = []
         self.captures = 0
+        self.slow_queues = 0  # times that the GPU wakes up before all is queued
+        self.slept: list[int] = []
         fake = self
+
+        def sleep(cycles):
+            fake.slow_queues -= 1 if fake.slept else 0
+            fake.slept.append(cycles)
+            fake.queued.append("sleep")
 
         class Graph:
             def replay(self):
@@ -307,6 +314,9 @@ class FakeCuda:
             def record(self):
                 self.at = len(fake.queued)
                 fake.queued.append("event")
+
+            def query(self):  # asked when all is queued
+                return fake.slow_queues > 0
 
             def elapsed_time(self, other):
                 return float(other.at - self.at)
@@ -321,7 +331,7 @@ class FakeCuda:
             "Event": Event,
             "graph": graph,
             "synchronize": lambda: fake.queued.append("synchronize"),
-            "_sleep": lambda cycles: fake.queued.append("sleep"),
+            "_sleep": sleep,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -351,6 +361,28 @@ def test_replays_begin_together_and_with_a_flushed_l2(one_rank, monkeypatch):
     one = ["flush", "start", "event", "replay", "event"]
     first = ["synchronize", "start", "replay", "synchronize", "sleep"]
     assert cuda.queued == [*first, *one * (measure.WARM_UPS + 2), "synchronize", "synchronize"]
+
+
+@pytest.mark.parametrize("slow", [1, 2, 3])
+def test_a_host_that_is_slower_than_the_sleep_gets_a_longer_one(one_rank, monkeypatch, slow):
+    cuda = FakeCuda(monkeypatch)
+    cuda.slow_queues = slow
+    gpu = FakeGpu(0, 1, torch.device("cpu"), nccl=False, shared_gpu=False, not_fused="")
+    start, flush = measure.Start(gpu), measure.Flush(gpu, 0)
+
+    def timed():
+        return measure.timed([lambda: cuda.queued.append("work")] * 2, start, flush)
+
+    if slow < 3:
+        assert timed() == [2000.0, 2000.0]
+        assert cuda.slept == list(measure.SLEEP_CYCLES[: slow + 1])
+        assert cuda.slept == sorted(set(cuda.slept))
+    else:
+        with pytest.raises(RuntimeError, match="queues 2 replays while the GPU sleeps"):
+            timed()
+    # Ranks that meet on the host have no such limit.
+    start.on_the_host, cuda.slow_queues = True, 9
+    assert timed() == [2000.0, 2000.0]
 
 
 @pytest.mark.parametrize(
