@@ -33,7 +33,7 @@ PROCESSES = os.cpu_count() or 1
 SEEDS_A_COMMIT = 1_000_000  # .ci/run: as many as there are commits, times this
 SEED = int(os.environ.get("GAN_EMULATOR_SEED") or checks.fresh_seed())
 
-STAGES = ("fuzz", "weak", "strict", "tsan", "asan", "full", "faults", "debug", "explore")
+STAGES = ("fuzz", "weak", "strict", "tsan", "asan", "full", "faults", "debug", "mixed", "explore")
 
 # What must be among the launches and the cases of a stage, in hundredths.
 SHARES = {
@@ -69,6 +69,7 @@ SHARES_OF_STAGE = {
         "cases where another rank is late": 2,
         "recoveries": 25,
     },
+    "mixed": {"cases in which both ranks fail": 80},
     "debug": {
         **SHARES,
         "cases where a rank announces another call": 15,

@@ -29,6 +29,7 @@ CASES = {
     "strict": 40,
     "faults": 300,
     "debug": 60,
+    "mixed": 20,
     "explore": 3,  # of two ranks, without early start
     "tsan": 90,
     "asan": 60,

@@ -270,6 +270,12 @@ BUGS = (
         *with_params("hop_bytes = two_shot_hop(rows.rows + 1, two_shot.slice_packs)"),
     ),
     bug(
+        "two-shot: no gap between the hops, so that one_shot fills the same places",
+        TWO_SHOT,
+        *with_params("hop_bytes -= kTwoShotGapBytes"),
+        "mixed",
+    ),
+    bug(
         "two-shot: slices are as long as the shortest",
         TWO_SHOT,
         *with_params("slice_packs = rows.row_packs / kRanks"),
@@ -677,4 +683,6 @@ BUGS = (
 
 # What each of these stages must pass: the kernels as they are, built in the same way. Not explore,
 # which would take as long as all others; test_stage asks it of the whole build.
-CONTROL = Bug("no bug", (), ("fuzz", "weak", "strict", "faults", "debug", "tsan", "asan", "full"))
+CONTROL = Bug(
+    "no bug", (), ("fuzz", "weak", "strict", "faults", "debug", "mixed", "tsan", "asan", "full")
+)

@@ -142,6 +142,7 @@ const std::vector<Stage>& stages() {
        run_fault_case},
       {"debug", "debug mode, with ranks that call otherwise or not at all", "plain", 200,
        weak_limits(), run_debug_case},
+      {"mixed", "two ranks, by one algorithm each", "plain", 100, weak_limits(), run_mixed_case},
       {"explore",
        "every order of accesses, in small cases",
        "plain",

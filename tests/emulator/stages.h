@@ -20,9 +20,11 @@ struct Stage {
 
 const std::vector<Stage>& stages();
 
-// debug_cases.cpp, fault_cases.cpp, and exploration.cpp, whose cases are numbered from 0
+// debug_cases.cpp, fault_cases.cpp, mixed_cases.cpp, and exploration.cpp, whose cases are numbered
+// from 0
 std::string run_debug_case(uint64_t seed, const Limits& limits, std::string& description);
 std::string run_fault_case(uint64_t seed, const Limits& limits, std::string& description);
+std::string run_mixed_case(uint64_t seed, const Limits& limits, std::string& description);
 std::string run_exploration(uint64_t number, const Limits& limits, std::string& description);
 uint32_t exploration_count();
 
