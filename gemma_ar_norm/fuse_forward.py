@@ -16,19 +16,36 @@ from torch import Tensor
 
 from . import api
 from .families import Call
+from .fuse_hooks import are_watched
 
 WEIGHT_BIAS = 1.0  # of all families in families.py
 
 
+@dataclass
+class Site:
+    """A fused call of a layer. modules: those whose hooks it would hide something from, or show
+    this rank's part of a sum. While there are any, all is computed as before.
+
+    reduces: whether its linear is to sum over ranks in the call that runs.
+    """
+
+    modules: tuple[Any, ...]
+    reduces: bool = False
+
+    def is_as_before(self, hidden: Tensor) -> bool:
+        """Also under autocast, where the linear's dtype is not that of the residual."""
+        return torch.is_autocast_enabled(hidden.device.type) or are_watched(self.modules)
+
+
 @dataclass(frozen=True)
 class Step:
-    """A block of a layer, as it will run. fused: its mixer returns this rank's part of a sum."""
+    """A block of a layer, as it will run. site: of its fused call; None where it stays as it is."""
 
     mixer: Any
     call: Call
     post_norm: Any
     dropout: Any
-    fused: bool
+    site: Site | None
 
 
 class Handoff:
@@ -36,36 +53,33 @@ class Handoff:
 
     giver, taker: the modules on both sides.
     `take` gives the norm to whoever asks with that very tensor, once; None for any other, and for
-    one that was written to since. Where torch does not count writes, nothing is handed over past a
-    hook, which might write.
+    one that was written to since. Where torch does not count writes, then or in between, nothing is
+    handed over past a hook, which might write.
     """
 
     def __init__(self, giver: Any, taker: Any) -> None:
         self._giver, self._taker = giver, taker
         self._hidden: Tensor | None = None
         self._normed: Tensor | None = None
-        self._version = 0
+        self._writes: int | None = None
 
     def put(self, hidden: Tensor, normed: Tensor) -> None:
-        hooks = self._giver._forward_hooks or self._taker._forward_pre_hooks
-        if hooks and not _writes_are_counted(hidden):
+        self._writes = _writes(hidden)
+        if self._writes is None and are_watched((self._giver, self._taker)):
             return
         self._hidden, self._normed = hidden, normed
-        self._version = _writes(hidden)
 
     def take(self, hidden: Tensor) -> Tensor | None:
-        same = self._hidden is hidden and self._version == _writes(hidden)
+        same = self._hidden is hidden and self._writes == _writes(hidden)
         normed = self._normed if same else None
         self._hidden = self._normed = None
         return normed
 
 
-def _writes_are_counted(hidden: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or hidden.is_inference())
-
-
-def _writes(hidden: Tensor) -> int:
-    return hidden._version if _writes_are_counted(hidden) else 0
+def _writes(hidden: Tensor) -> int | None:
+    """How often it was written to; None where torch does not count."""
+    uncounted = torch.compiler.is_compiling() or hidden.is_inference()
+    return None if uncounted else hidden._version
 
 
 def _refuse_gradients() -> None:
@@ -101,9 +115,16 @@ def layer_forward(
         for step, norm in zip(steps, norms[1:], strict=True):
             arguments = {one.keyword: one.value(given) for one in step.call.arguments}
             if arguments:
-                y = step.mixer(hidden_states=x, **arguments, **kwargs)
+                arguments.update(kwargs, hidden_states=x)
+            fused = step.site is not None and not step.site.is_as_before(h)
+            if step.site is None or fused:
+                y = step.mixer(**arguments) if arguments else step.mixer(x)
             else:
-                y = step.mixer(x)
+                step.site.reduces = True
+                try:
+                    y = step.mixer(**arguments) if arguments else step.mixer(x)
+                finally:
+                    step.site.reduces = False
             if step.call.takes_first or isinstance(y, tuple):
                 y = y[0]
             if step.dropout is not None and step.dropout.training and step.dropout.p > 0.0:
@@ -111,7 +132,7 @@ def layer_forward(
                     f"fuse: a model without dropout is required; got p={step.dropout.p} while "
                     "training; call model.eval()"
                 )
-            if step.fused:
+            if fused:
                 x, h = api.fused_allreduce_gemma_rmsnorm(
                     y,
                     norm.weight,
@@ -147,6 +168,8 @@ def norm_forward(norm: Any, before: Handoff) -> Callable[..., Any]:
 def embedding_forward(
     partial: Callable[[Tensor], Tensor], norm: Any, behind: Handoff, group: Any
 ) -> Callable[..., Any]:
+    """The embedding's forward, which computes the first layer's norm too."""
+
     def forward(input_ids: Tensor) -> Tensor:
         _refuse_gradients()
         normed, hidden = api.fused_allreduce_gemma_rmsnorm(
@@ -156,7 +179,8 @@ def embedding_forward(
             weight_bias=WEIGHT_BIAS,
             group=group,
         )
-        behind.put(hidden, normed)
+        if not are_watched((norm,)):
+            behind.put(hidden, normed)
         return hidden
 
     return forward

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -19,12 +20,15 @@ from .families import Family, ReadBlock, Unknown
 from .fuse_forward import (
     WEIGHT_BIAS,
     Handoff,
+    Site,
     Step,
     embedding_forward,
     layer_forward,
     norm_forward,
 )
+from .plan import PACK_BYTES
 from .tensor_parallel import Style
+from .workspace import DTYPES, MAX_HIDDEN
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,7 @@ class _Planner:
         read: list[list[tuple[str, ReadBlock]]] = []
         for number, layer in enumerate(layers):
             self._require_class(f"layers.{number}", layer, layer_class)
-            if "forward" in layer.__dict__:
-                raise Unknown(f"layers.{number} with a forward that somebody else replaced")
+            self._require_own_forward(f"layers.{number}", layer)
             read.append(families.check_layer(family, layer))
             for block in family.blocks:
                 for norm in (block.norm, block.post_norm):
@@ -130,9 +133,29 @@ class _Planner:
         except (TypeError, ValueError) as error:
             raise Unknown(f"a norm that is another: {error}") from None
 
+    def _require_own_forward(self, name: str, module: Any) -> None:
+        """That of its class, which was read; transformers' parallel ones are looked for before."""
+        if "forward" in module.__dict__:
+            raise Unknown(f"{self.prefix}{name} with a forward that somebody else replaced")
+
+    def _why_not_by_kernel(self, dtype: torch.dtype, norms: list[Any]) -> str:
+        """Why the fused call cannot have sums of this dtype and these norms, or ""."""
+        hidden, pack = norms[0].weight.shape[0], PACK_BYTES // dtype.itemsize
+        weights = {norm.weight.dtype for norm in norms}
+        if dtype not in DTYPES:
+            return f"it is {dtype}; bfloat16, float16 and float32 are fused"
+        if hidden % pack or hidden > MAX_HIDDEN:
+            return f"its hidden size is {hidden}, no multiple of {pack} up to {MAX_HIDDEN}"
+        if len(weights) > 1 or not weights <= {dtype, torch.float32}:
+            return f"its norms' weights are {', '.join(sorted(map(str, weights)))}, and it {dtype}"
+        return ""
+
     def _use(self, found: Style) -> None:
         """Notes the group of a module that reduces: it must be the same for all."""
-        group = found.group
+        try:
+            group = found.group
+        except KeyError:
+            raise Unknown("a mesh of several dimensions, none of them named tp") from None
         if self.own_group is None:
             self.own_group = group
             ranks = dist.get_process_group_ranks(group)
@@ -177,6 +200,11 @@ class _Planner:
             if reducing and post_norm is not None and post_norm.eps != next_norm.eps:
                 reducing, why = [], f"its norms have two eps, {post_norm.eps} and {next_norm.eps}"
             if reducing:
+                both = [one for one in (next_norm, post_norm) if one is not None]
+                dtype = next(reducing[0][1].module.parameters()).dtype
+                why = self._why_not_by_kernel(dtype, both)
+                reducing = [] if why else reducing
+            if reducing:
                 weights: tuple[str, ...] = (f"{self.prefix}{next_name}.weight",)
                 if block.post_norm:
                     weights = (f"{self.prefix}layers.{number}.{block.post_norm}.weight", *weights)
@@ -188,13 +216,17 @@ class _Planner:
                         weights,
                     )
                 )
+                watched = [mixer, next_norm, *(found.module for _, found in reducing)]
+                watched += [getattr(mixer, "shared_expert", None), post_norm]
+                site = Site(tuple(one for one in watched if one is not None))
                 for _, found in reducing:
-                    self._stop_reducing(found, tensor_parallel.partial_forward(found))
+                    self._stop_reducing(found, tensor_parallel.partial_forward(found, site))
             else:
+                site = None
                 self.left.append((self.prefix + name, why))
             call = block.calls[mixer_name]
             dropout = layer.dropout if block.dropout else None
-            steps.append(Step(mixer, call, post_norm, dropout, bool(reducing)))
+            steps.append(Step(mixer, call, post_norm, dropout, site))
         forward = layer_forward(
             type(layer).forward,
             steps,
@@ -235,6 +267,7 @@ class _Planner:
             raise Unknown(f"{self.prefix}{name} that does not return what its {linear} returns")
         if tensor_parallel.style_of(mixer) is not None:
             return [], "it is parallelised as a whole"
+        self._require_own_forward(name, mixer)
         return [(f"{self.prefix}{name}.{linear}", found)], ""
 
     def _shared_expert_block(self, name: str, mixer: Any) -> tuple[list[tuple[str, Style]], str]:
@@ -245,6 +278,8 @@ class _Planner:
             raise Unknown(f"{self.prefix}{name} with another forward")
         if tensor_parallel.style_of(mixer) is not None:
             return [], "it is parallelised as a whole"
+        self._require_own_forward(name, mixer)
+        self._require_own_forward(f"{name}.shared_expert", mixer.shared_expert)
         if not families.returns_output_of(type(mixer.shared_expert).forward, "down_proj"):
             raise Unknown(f"{self.prefix}{name}.shared_expert with another forward")
         for gate in ("gate", "shared_expert_gate"):
@@ -273,6 +308,10 @@ class _Planner:
             raise Unknown(f"{name} with another forward")
         norm_name = self.family.blocks[0].norm
         norm = getattr(first_layer, norm_name)
+        why = self._why_not_by_kernel(embedding.weight.dtype, [norm])
+        if why:
+            self.left.append((name, why))
+            return
         weight = f"{self.prefix}layers.0.{norm_name}.weight"
         self.sites.append(FusedSite(None, "plain", (name,), (weight,)))
         self._use(found)

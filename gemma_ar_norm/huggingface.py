@@ -89,8 +89,9 @@ def fuse(model: nn.Module, group: Any = None) -> Fusion:
     Others stay as they are, and the Fusion says so. The results differ from before by roundings
     only (docs/models.md has the bounds), and are the same bits on every rank. Weights are not
     touched, and updates of them are seen. generate(), caches, hooks and output_hidden_states work
-    as before; a hook on a linear that no longer reduces sees this rank's part of the sum, and an
-    attention or MLP called by itself returns such a part.
+    as before: while somebody has a hook on a linear that reduces, its attention or MLP, or a norm
+    behind it, that part is computed as it was, and so is all under autocast. An attention or MLP
+    called by itself returns this rank's part of its sum. Replace modules before, not after.
 
     Inference only: the forward raises RuntimeError while gradients are enabled. Not collective:
     call it on every rank, before a CUDA graph is captured and before torch.compile, which traces
@@ -129,6 +130,14 @@ def fuse(model: nn.Module, group: Any = None) -> Fusion:
                 'from_pretrained(..., tp_plan="auto") or distributed_config=, transformers 5.17 '
                 "or newer"
             )
+    without = {id(module) for plan in plans for module in plan.no_longer_reducing}
+    fusion = Fusion(
+        ", ".join(dict.fromkeys(plan.family.name for plan in plans)),
+        plans[0].ranks,
+        tuple(site for plan in plans for site in plan.sites),
+        tuple(left for plan in plans for left in plan.left),
+        tuple(tensor_parallel.other_collectives(model, without)),
+    )
     replaced: list[tuple[Any, Any, Any]] = []
     for plan in plans:
         for module, forward in plan.forwards:
@@ -136,14 +145,7 @@ def fuse(model: nn.Module, group: Any = None) -> Fusion:
             replaced.append((module, module.__dict__.get("forward"), forward))
             module.forward = forward
     model.__dict__[RECORD] = replaced
-    without = {id(module) for plan in plans for module in plan.no_longer_reducing}
-    return Fusion(
-        ", ".join(dict.fromkeys(plan.family.name for plan in plans)),
-        plans[0].ranks,
-        tuple(site for plan in plans for site in plan.sites),
-        tuple(left for plan in plans for left in plan.left),
-        tuple(tensor_parallel.other_collectives(model, without)),
-    )
+    return fusion
 
 
 def unfuse(model: nn.Module) -> None:

@@ -73,7 +73,7 @@ def row_parallel(linear: Any) -> tuple[Style | None, str]:
     """(style, "") of a linear whose output is a plain sum over ranks, else (None, why not)."""
     found = style_of(linear)
     if found is None or not is_sharded(getattr(linear, "weight", None)):
-        return None, "not row-parallel, so there is nothing to reduce"
+        return None, "not a linear that transformers made row-parallel"
     style, placements = found.style, tuple(linear.weight.placements)
     if not isinstance(linear, nn.Linear) or found.name != "RowwiseParallel":
         return None, f"{type(linear).__name__} made {found.name}, not a linear made RowwiseParallel"
@@ -83,6 +83,8 @@ def row_parallel(linear: Any) -> tuple[Style | None, str]:
         return None, f"its weight is placed as {placements}, not sharded by columns"
     if getattr(linear, "bias", None) is not None:
         return None, "it has a bias, which is added between the all-reduce and the norm"
+    if getattr(found.original, "__func__", None) is not nn.Linear.forward:
+        return None, "somebody else replaced its forward"
     return found, ""
 
 
@@ -113,11 +115,15 @@ def reduced_embedding(embedding: Any) -> tuple[Style | None, str]:
     return found, ""
 
 
-def partial_forward(found: Style) -> Callable[..., Any]:
-    """The module's forward without its all-reduce: this rank's part of the sum."""
+def partial_forward(found: Style, site: Any) -> Callable[..., Any]:
+    """The module's forward without its all-reduce: this rank's part of the sum. With it while
+    `site.reduces` (fuse_forward.Site)."""
     module, style, mesh, original = found.module, found.style, found.mesh, found.original
+    whole = module.__dict__["forward"]
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if site.reduces:
+            return whole(*args, **kwargs)
         args, kwargs = style.transform_inputs_pre_forward(module, args, kwargs, mesh)
         with style.context_around_forward(module, mesh):
             return original(*args, **kwargs)

@@ -257,6 +257,111 @@ def weights_and_hooks(me: Rank, name: str) -> None:
 
 
 @case
+def hooks_within_a_layer(me: Rank, name: str) -> None:
+    """Whoever has a hook on what a fused call would hide, or show in part, sees what was before; so
+    do global hooks. When it is removed all is fused again."""
+    if name not in ("gemma", "gemma3", "qwen3_5_moe"):  # the two forms, and experts
+        return
+    model, other = me.load(name), me.load(name)
+    fusion = gemma_ar_norm.fuse(model)
+
+    def changes(module: Any, args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        changed = first.clamp(-0.05, 0.05).roll(1, -1)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    def modules_of(one: Any) -> Iterator[tuple[str, Any]]:
+        stack = stacks_of(one, name)[-1]
+        for child, module in stack.layers[0].named_modules():
+            last = child.rsplit(".", 1)[-1]
+            if last in ("mlp", "self_attn", "down_proj", "o_proj", "shared_expert", "experts"):
+                yield child, module
+            if type(module) is type(stack.norm) and "self_attn" not in child:
+                yield child, module
+        yield (
+            "the next layer's",
+            next(m for m in stack.layers[1].children() if type(m) is type(stack.norm)),
+        )
+        yield "the final norm", stack.norm
+
+    before = logits_of(other, me.ids)
+    for (child, module), (_, same) in zip(modules_of(model), modules_of(other), strict=True):
+        handles = [one.register_forward_hook(changes) for one in (module, same)]
+        want = logits_of(other, me.ids)
+        assert_within(logits_of(model, me.ids), want, BOUND[FP32], f"{name}, hook on {child}")
+        with torch.inference_mode():
+            got = logits_of(model, me.ids.clone())
+        assert_within(got, want, BOUND[FP32], f"{name}, hook on {child}, inference mode")
+        for handle in handles:
+            handle.remove()
+
+    layer_class = type(stacks_of(model, name)[-1].layers[0])
+
+    def writes(module: Any, args: Any, output: Any) -> None:
+        if type(module) is layer_class:
+            output.copy_(output.roll(1, -1))
+
+    with torch.inference_mode():
+        handle = torch.nn.modules.module.register_module_forward_hook(writes)
+        want, got = (logits_of(one, me.ids.clone()) for one in (other, model))
+        handle.remove()
+    assert (want - before).abs().max() > 100 * BOUND[FP32] * want.abs().max()
+    assert_within(got, want, BOUND[FP32], f"{name}, global hook")
+    with counted() as counts:
+        assert_within(logits_of(model, me.ids), before, BOUND[FP32], f"{name}, without hooks")
+    assert counts["fused"] == fusion.count()
+
+
+@case
+def autocast(me: Rank, name: str) -> None:
+    """Under it all is as before: a linear's dtype is not the residual's."""
+    if name not in ("gemma", "gemma3", "qwen3_5_moe"):
+        return
+    model = me.load(name)
+    with torch.autocast(me.device.type, dtype=BF16):
+        before = logits_of(model, me.ids)
+        fusion = gemma_ar_norm.fuse(model)
+        with counted() as counts:
+            fused = logits_of(model, me.ids)
+    assert_within(fused, before, BOUND_OF_EXPERTS[BF16], f"{name}, autocast")
+    assert counts["fused"] == sum(site.layer is None for site in fusion.sites)  # an embedding's
+
+
+@case
+def layers_of_which_one_is_compiled(me: Rank, name: str) -> None:
+    """A hook that writes between two layers counts, also where only one of them counts writes."""
+    if name != "gemma3":
+        return
+    for which in (0, 1):
+        torch._dynamo.reset()
+        models = [me.load(name, plan=_plan_to_trace(name)) for _ in range(2)]
+        for model in models:
+            layers = stacks_of(model, name)[-1].layers
+            layers[0].register_forward_hook(lambda module, args, out: out.copy_(out.roll(1, -1)))
+            layers[which].compile(backend="eager")
+        gemma_ar_norm.fuse(models[0])
+        got, want = (logits_of(model, me.ids) for model in models)
+        assert_within(got, want, BOUND[FP32], f"{name}, layer {which} compiled")
+
+
+@case
+def what_the_kernels_cannot_do(me: Rank, name: str) -> None:
+    """Is left as it was, or refused, by `fuse` and not by the first call."""
+    if name not in ("gemma", "gemma3"):
+        return
+    with pytest.raises(ValueError, match=r"it is torch\.float64; bfloat16, float16 and float32"):
+        gemma_ar_norm.fuse(me.load(name, torch.float64))
+    model = me.load(name, BF16)
+    stack = stacks_of(model, name)[-1]
+    stack.norm.half()  # neither the sum's dtype nor fp32
+    before = logits_of(model, me.ids)
+    fusion = gemma_ar_norm.fuse(model)
+    last = len(stack.layers) - 1
+    assert any("float16" in why for where, why in fusion.left if f"layers.{last}.mlp" in where)
+    assert_within(logits_of(model, me.ids), before, BOUND[BF16], f"{name}, a norm in fp16")
+
+
+@case
 def a_graph(me: Rank, name: str) -> None:
     """A decoder in a CUDA graph, where no other collective is left, computes as in eager mode.
 
@@ -406,6 +511,10 @@ def refusals(me: Rank, name: str) -> None:
     layer.forward = layer.forward
     refused("somebody else replaced", fuse)
     del layer.forward
+    if any("mlp" in reduced for reduced in reduces):
+        layer.mlp.forward = layer.mlp.forward
+        refused("mlp with a forward that somebody else replaced", fuse)
+        del layer.mlp.forward
     checks.assert_bit_equal(logits_of(model, me.ids), before, "after refusals")
 
     another = dist.new_group(list(range(me.world)))
