@@ -98,10 +98,25 @@ def resolve(group: Any = None) -> Group:
     if group is None:
         group = GroupMember.WORLD
     elif isinstance(group, str):
-        group = _group_named(name)
+        group = named(name)
     if name.startswith(LOCAL_PREFIX):
         return Group(name, group.rank, group.size())
     return Group(name, group.rank(), group.size(), group)
+
+
+def named(name: str) -> Any:
+    """The live ProcessGroup or LocalRank of this name. Raises ValueError where there is none."""
+    local = _local_ranks.get(name)
+    if local is not None:
+        return local
+    group = _registered(name)
+    if group is None:
+        raise ValueError(
+            f"group: the name of a live process group or local group is required; got {name!r}; "
+            "make the group first, and call on its own ranks only"
+        )
+    name_of(group)  # from now on its end is noticed
+    return group
 
 
 def register_local(rank: Any) -> None:
@@ -174,20 +189,6 @@ def _forget(name: str, token: int, key: int) -> None:
         _lost.pop(name, None)
         for callback in _gone_callbacks:
             callback(name)
-
-
-def _group_named(name: str) -> Any:
-    local = _local_ranks.get(name)
-    if local is not None:
-        return local
-    group = _registered(name)
-    if group is None:
-        raise ValueError(
-            f"group: the name of a live process group or local group is required; got {name!r}; "
-            "make the group first, and call on its own ranks only"
-        )
-    name_of(group)  # from now on its end is noticed
-    return group
 
 
 def _registered(name: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import api
+from . import api, groups
 
 
 class FusedAllReduceGemmaRMSNorm(nn.Module):
@@ -21,6 +22,11 @@ class FusedAllReduceGemmaRMSNorm(nn.Module):
     rank's partial sums: what a row-parallel linear returns that does not reduce. The linear must
     leave its own all-reduce out (vLLM, SGLang: `reduce_results=False`).
 
+    All of x is summed over the ranks. So it does not take the place of a norm whose input is whole
+    on every rank: the first of a stack of layers, a q_norm or k_norm. Nor does it where the layer
+    computes norm(residual + y), unless that line is changed, too: the residual is whole, and goes
+    in beside y, as below.
+
     In the sandwich form (Gemma 2, Gemma 3) it holds two weights, that of the norm before the
     residual add and that of the norm after it, and needs a residual.
 
@@ -28,7 +34,8 @@ class FusedAllReduceGemmaRMSNorm(nn.Module):
     seen, also under a captured graph, and no rounded 1 + weight is kept.
 
     hidden_size: elements of a row; see `fused_allreduce_gemma_rmsnorm`, as for all that follows.
-    eps, weight_bias, algorithm, group: handed to it. group: kept, not copied.
+    eps, weight_bias, algorithm, group: handed to it. group: a copy of the module has the same. A
+        pickle has its name, and needs a live group of that name when it is loaded.
     sandwich: True makes `post_weight`, the weight of the norm before the residual add.
     dtype, device: of the weights, which are zeros: with weight_bias=1 the norm scales by 1.
 
@@ -36,6 +43,7 @@ class FusedAllReduceGemmaRMSNorm(nn.Module):
 
     >>> layer.post_attention_layernorm = FusedAllReduceGemmaRMSNorm.from_module(
     ...     layer.post_attention_layernorm, group=tensor_parallel_group)
+    >>> x, residual = layer.post_attention_layernorm(layer.self_attn.o_proj(x), residual)
     """
 
     weight: nn.Parameter
@@ -88,9 +96,10 @@ class FusedAllReduceGemmaRMSNorm(nn.Module):
         it a sandwich, with the weight of this norm before the residual add; post_norm itself stays
         where it is in the model, and must not be called any more.
 
-        What `norm` computes is looked at, on a few rows: ValueError where it is not
-        v / sqrt(mean(v^2) + eps) * (weight_bias + weight), as a norm with ones for weights is not;
-        TypeError where it has no weight or eps.
+        What `norm` computes is looked at, on rows of its weight's dtype: ValueError where it is not
+        v / sqrt(mean(v^2) + eps) * (weight_bias + weight) in fp32, rounded once, as Llama's is not;
+        TypeError where it has no weight or eps. It is looked at with the weights that it has, so
+        load them first: some hide a difference, as ones hide Llama's rounding before the weight.
 
         >>> fused = FusedAllReduceGemmaRMSNorm.from_module(
         ...     layer.pre_feedforward_layernorm, post_norm=layer.post_attention_layernorm)
@@ -140,11 +149,48 @@ class FusedAllReduceGemmaRMSNorm(nn.Module):
         form = ", sandwich" if self._post_norm or self.post_weight is not None else ""
         return f"{self.hidden_size}, eps={self.eps}, weight_bias={self.weight_bias}{form}"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedAllReduceGemmaRMSNorm:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        memo[id(self.group)] = self.group  # as if it had been copied: a group has no copies
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if not (self.group is None or isinstance(self.group, str)):
+            state["group"] = None
+            state[GROUP_NAME] = groups.name_of(self.group)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = state.copy()
+        name = state.pop(GROUP_NAME, None)
+        super().__setstate__(state)
+        if name is not None:
+            self.group = _group_of_pickle(name)
+
+
+GROUP_NAME = "group_name"  # in a pickle, in the place of a group
+
+
+def _group_of_pickle(name: str) -> Any:
+    try:
+        return groups.named(name)
+    except ValueError:
+        raise ValueError(
+            f"group: the group {name!r}, which the module was pickled with, is required; got a "
+            "process without it; make that group before loading, or set the module's group to None "
+            "before pickling"
+        ) from None
+
 
 # ---------------------------------------------------------------------------------- other's norms
 
-# What a norm's own results may be off, in its roundings and ours: of the largest in a row.
-PROBE_TOLERANCE = 0.02
+# How far another order of the sum, or an approximate rsqrt, may move a value before it is rounded
+# to T, relative to its own size: 32 ulps of fp32. Far less than an ulp of bf16 or fp16.
+PROBE_TOLERANCE = 2.0**-18
+PROBE_ELEMENTS = 8192  # at least: a weight of 1e-5 that 1 + weight loses in bf16 changes 1 in 1000
 
 
 def read_norm(name: str, norm: Any, weight_bias: float) -> tuple[nn.Parameter, float]:
@@ -153,35 +199,49 @@ def read_norm(name: str, norm: Any, weight_bias: float) -> tuple[nn.Parameter, f
     Raises TypeError, ValueError, as `from_module` says. A norm on the meta device is not looked at.
     """
     weight = getattr(norm, "weight", None)
-    eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
+    eps: Any = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
+    has_eps = isinstance(eps, (int, float)) and not isinstance(eps, bool)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not has_eps:
         raise TypeError(
             f"{name}: a module with a weight of one dimension and an eps (or variance_epsilon) is "
             f"required; got {type(norm).__name__}; make a FusedAllReduceGemmaRMSNorm(hidden_size)"
         )
+    eps = float(eps)
     if weight.device.type != "meta" and not _computes(norm, weight, eps, weight_bias):
         raise ValueError(
-            f"{name}: v / sqrt(mean(v^2) + {eps:g}) * ({weight_bias:g} + weight) is required; "
-            f"{type(norm).__name__} computes something else; pass its own weight_bias (Gemma 3n "
-            "and 4: 0), or leave it as it is"
+            f"{name}: v / sqrt(mean(v^2) + {eps:g}) * ({weight_bias:g} + weight) in fp32, rounded "
+            f"once, is required; {type(norm).__name__} computes something else; pass its own "
+            "weight_bias (Gemma 3n and 4: 0), or leave it as it is"
         )
     return weight, eps
 
 
 @torch.no_grad()
 def _computes(norm: nn.Module, weight: Tensor, eps: float, weight_bias: float) -> bool:
-    """Whether the norm, in rows where eps counts and where it does not, computes the formula."""
+    """Whether the norm computes the formula, with one rounding to the dtype of its rows.
+
+    Rounding keeps order. So what is near enough to the formula's value before it is rounded lies
+    between the roundings of the nearest and farthest such value afterwards; nearly always these are
+    one number. A norm that rounds on the way there, or adds the bias in bf16, misses many.
+    """
+    v = _probe_rows(weight, eps)
+    got = norm.forward(v)  # not norm(v): it may have hooks
+    if not isinstance(got, Tensor) or got.dtype != v.dtype or got.shape != v.shape:
+        return False
+    exact, factor = v.float(), weight.float()
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    want = normed * (weight_bias + factor)
+    # Of both parts of the sum, which may cancel out.
+    off = PROBE_TOLERANCE * normed.abs() * (abs(weight_bias) + factor.abs())
+    return bool(((want - off).to(v.dtype) <= got).all() and (got <= (want + off).to(v.dtype)).all())
+
+
+def _probe_rows(weight: Tensor, eps: float) -> Tensor:
+    """Random rows without zeros, the same on all ranks. Every second one is small beside eps."""
     hidden = weight.shape[0]
-    # Numbers in no pattern, the same on all ranks. Every second row is small beside eps.
-    v = torch.arange(4 * hidden, device=weight.device).remainder(37).sub(17.5).view(4, hidden)
-    scale = 0.01 * math.sqrt(max(eps, 1e-12))
-    v = torch.where(
-        torch.arange(4, device=weight.device).remainder(2).bool()[:, None], v * scale, v
-    )
-    v = v.to(weight.dtype if weight.dtype.is_floating_point else torch.float32)
-    got = norm.forward(v).float()  # not norm(v): it may have hooks
-    exact = v.float()
-    want = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
-    want = want * (weight_bias + weight.float())
-    largest = want.abs().amax(-1, keepdim=True)
-    return bool(((got - want).abs() <= PROBE_TOLERANCE * largest).all())
+    shape = 4 + PROBE_ELEMENTS // max(hidden, 1), hidden
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    rows += torch.copysign(torch.tensor(0.5, device="cpu"), rows)
+    rows[1::2] *= 0.1 * math.sqrt(max(eps, 1e-10))  # smaller ones would be 0 in fp16
+    dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
+    return rows.to(weight.device, dtype)

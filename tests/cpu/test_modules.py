@@ -5,16 +5,20 @@ One rank: what several ranks add is the function's, and is tested there (test_pr
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 
 import checks
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import gemma_ar_norm
-from gemma_ar_norm import FusedAllReduceGemmaRMSNorm
+from gemma_ar_norm import FusedAllReduceGemmaRMSNorm, groups
+from gemma_ar_norm.workspace import LocalRank
 
 HIDDEN = 64
 fused_call = gemma_ar_norm.fused_allreduce_gemma_rmsnorm
@@ -48,6 +52,34 @@ class VllmNorm(GemmaNorm):
             return super().forward(x)
         finally:
             del self.eps
+
+
+class LlamaNorm(GemmaNorm):
+    """It rounds before the weight, too."""
+
+    def forward(self, x):
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.type_as(x)
+
+
+class NarrowBiasNorm(GemmaNorm):
+    """It adds 1 in bfloat16."""
+
+    def forward(self, x):
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normed * (1.0 + self.weight.bfloat16()).float()).type_as(x)
+
+
+class SloppyNorm(GemmaNorm):
+    """A Gemma norm, by other steps, and an rstd that is off by some ulps of float32."""
+
+    def forward(self, x):
+        x32 = x.float()
+        rstd = (x32.norm(dim=-1, keepdim=True).square() / x.shape[-1] + self.eps).pow(-0.5)
+        normed = x32 * (rstd * (1 + 2.0**-20))
+        return (normed * self.weight.float() + self.bias * normed).type_as(x)
 
 
 def rows(seed=0, dtype=torch.bfloat16, shape=(2, 3, HIDDEN)):
@@ -167,6 +199,155 @@ def test_a_norm_of_another_formula_is_refused():
         FusedAllReduceGemmaRMSNorm.from_module(GemmaNorm(), post_norm=GemmaNorm(eps=1e-5))
     with pytest.raises(TypeError, match="norm: a module with a weight"):
         FusedAllReduceGemmaRMSNorm.from_module(nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("hidden", [64, 1536, 2048, 2560])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_large_weights_hide_no_other_bias(dtype, hidden, seed):
+    torch.manual_seed(seed)
+    norm = GemmaNorm(hidden, bias=0.0, dtype=dtype)
+    for outliers, size in ((1, 20.0), (3, 100.0)):
+        norm.weight.normal_(1.0, 0.1)
+        norm.weight[torch.randperm(hidden)[:outliers]] = size
+        with pytest.raises(ValueError, match="computes something else"):
+            FusedAllReduceGemmaRMSNorm.from_module(norm)
+        FusedAllReduceGemmaRMSNorm.from_module(norm, weight_bias=0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("hidden", [64, 1536, 5376])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_rounding_before_the_weight_is_refused(dtype, hidden, seed):
+    torch.manual_seed(seed)
+    norm = LlamaNorm(hidden, dtype=dtype)
+    for scale in (0.2, 5.0):
+        norm.weight.normal_(1.0, scale)
+        with pytest.raises(ValueError, match="rounded once, is required; LlamaNorm"):
+            FusedAllReduceGemmaRMSNorm.from_module(norm, weight_bias=0.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("hidden", [64, 1536, 5376])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_bias_added_in_bfloat16_is_refused(dtype, hidden, seed):
+    torch.manual_seed(seed)
+    norm = NarrowBiasNorm(hidden, dtype=dtype)
+    for weight in (torch.randn(hidden) * 0.2, torch.full((hidden,), 0.0039), torch.tensor(1e-4)):
+        norm.weight.copy_(weight)
+        with pytest.raises(ValueError, match="NarrowBiasNorm computes something else"):
+            FusedAllReduceGemmaRMSNorm.from_module(norm)
+
+
+def some_weights(hidden):
+    yield torch.randn(hidden) * 0.2
+    yield torch.randn(hidden) * 1e-6
+    yield torch.randn(hidden) * 1e-3 - 1  # the sum with the bias nearly cancels
+    for value in (-1.0, 0.0, 1.0, 3000.0):
+        yield torch.full((hidden,), value)
+    with_outliers = torch.randn(hidden) * 0.1
+    with_outliers[::20] = 150.0
+    yield with_outliers
+
+
+@pytest.mark.parametrize("hidden", [1, 64, 5376])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_gemma_norm_is_taken_whatever_its_weights_and_eps(dtype, hidden):
+    torch.manual_seed(0)
+    for weight in some_weights(hidden):
+        for eps in (0, 0.0, 1e-12, 1e-6, 1):
+            for bias in (0.0, 1.0):
+                for kind in (GemmaNorm, SloppyNorm):
+                    norm = kind(hidden, eps, bias, dtype)
+                    norm.weight.copy_(weight)
+                    made = FusedAllReduceGemmaRMSNorm.from_module(norm, weight_bias=bias)
+                    assert (type(made.eps), made.eps) == (float, eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_eps_that_it_does_not_compute_with_is_refused(dtype):
+    for eps, said in ((1e-6, 1.1e-6), (1e-6, 0), (0.0, 1e-6), (1e-5, 1e-6)):
+        norm = GemmaNorm(dtype=dtype, eps=said)
+        twin = GemmaNorm(dtype=dtype, eps=eps)
+        twin.weight = norm.weight
+        norm.forward = twin.forward
+        with pytest.raises(ValueError, match="computes something else"):
+            FusedAllReduceGemmaRMSNorm.from_module(norm)
+
+
+def test_an_eps_that_is_no_number_is_refused():
+    for wrong in (True, "1e-6", None):
+        with pytest.raises(TypeError, match="norm: a module with a weight of one dimension and an"):
+            FusedAllReduceGemmaRMSNorm.from_module(GemmaNorm(eps=wrong))
+
+
+def test_a_norm_that_returns_another_dtype_or_no_tensor_is_refused():
+    for wrong in (lambda x: x.double(), lambda x: (x, None)):
+        norm = GemmaNorm()
+        norm.forward = lambda x, norm=norm, wrong=wrong: wrong(GemmaNorm.forward(norm, x))
+        with pytest.raises(ValueError, match="computes something else"):
+            FusedAllReduceGemmaRMSNorm.from_module(norm)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def a_local_rank():
+    rank = LocalRank(0, 2, groups.LOCAL_PREFIX + "of_test_modules", None, None)
+    groups.register_local(rank)
+    return rank
+
+
+def through_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, through_pickle])
+@torch.no_grad()
+def test_a_copy_has_the_same_group(one_rank, duplicate):
+    for group in (dist.group.WORLD, dist.new_group(), a_local_rank(), "a name", None):
+        norm = FusedAllReduceGemmaRMSNorm(HIDDEN, eps=1e-5, group=group, sandwich=True)
+        norm.weight.normal_()
+        found = duplicate(nn.Sequential(norm))[0]
+        assert found.group is group or found.group == group == "a name"
+        assert found.__dict__.keys() == norm.__dict__.keys()
+        assert found.eps == 1e-5
+        equal(found.state_dict().values(), norm.state_dict().values())
+        if duplicate is not copy.copy:
+            assert found.weight.data_ptr() != norm.weight.data_ptr()
+    default = FusedAllReduceGemmaRMSNorm(HIDDEN, group=dist.group.WORLD)
+    checks.assert_bit_equal(duplicate(default)(rows()), default(rows()))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_a_copy_of_a_layer_has_its_own_post_norm(one_rank, duplicate):
+    layer = nn.ModuleDict({"post": GemmaNorm(), "pre": GemmaNorm()})
+    made = FusedAllReduceGemmaRMSNorm.from_module(
+        layer["pre"], post_norm=layer["post"], group=dist.group.WORLD
+    )
+    layer["pre"] = made
+    found = duplicate(layer)
+    assert found["pre"]._post_norm == (found["post"],) != made._post_norm
+
+
+def test_a_pickle_needs_its_group_when_it_is_loaded(one_rank):
+    group = dist.new_group()
+    data = pickle.dumps(FusedAllReduceGemmaRMSNorm(HIDDEN, group=group))
+    name = group.group_name
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match=f"group: the group '{name}', which .*; make that group"):
+        pickle.loads(data)
 
 
 def test_a_wrong_hidden_size_is_refused():
