@@ -1,7 +1,7 @@
 """The real Gemma 3 270M on several ranks: as transformers runs it, fused, and compiled.
 
     pip install '.[examples]'
-    python examples/gemma3_tensor_parallel.py --ranks 2          # on GPUs, one GPU, or the CPU
+    python examples/gemma3_tensor_parallel.py --ranks 2     # or 4; on GPUs, one GPU, or the CPU
     torchrun --nproc-per-node 2 examples/gemma3_tensor_parallel.py
 
 It prints the text of each, whether the tokens are the same, how many fused calls a forward makes
@@ -45,6 +45,7 @@ PLAN = {
     "model.layers.*.mlp.up_proj": "colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
 }
+RANKS = (2, 4)  # that its four heads can be shared out to
 
 
 # ------------------------------------------------------------------------------------- the weights
@@ -244,9 +245,19 @@ def rank_main(options: argparse.Namespace) -> int:
     return 0 if same else 1
 
 
+def require_ranks(world_size: str | None) -> None:
+    """Ends the process where torchrun, or another launcher, started ranks of another number."""
+    if world_size not in map(str, RANKS):
+        allowed = " or ".join(map(str, RANKS))
+        sys.exit(
+            f"WORLD_SIZE: {allowed} ranks are required, for four heads; got {world_size}; "
+            f"pass --nproc-per-node {RANKS[0]} to torchrun"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=2, help="1, 2 or 4: it has four heads")
+    parser.add_argument("--ranks", type=int, default=2, choices=RANKS, help="it has four heads")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
@@ -258,6 +269,7 @@ def main() -> int:
     if options.directory is None:
         options.directory = CACHE.with_name("tiny") if options.tiny else CACHE
     if "RANK" in os.environ:
+        require_ranks(os.environ.get("WORLD_SIZE"))
         return rank_main(options)
     prepare(options.directory, options.tiny)
     command = [sys.executable, *sys.argv]

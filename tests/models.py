@@ -53,6 +53,7 @@ class Tiny:
     stay. (The embedding's, where transformers shards it, comes on top.)
 
     alone: whether no other collective is left in the decoder with transformers' own plan.
+    compiled_sites: what the torch.compile pass fuses, where that is less than `sites`.
     """
 
     config: str
@@ -64,6 +65,7 @@ class Tiny:
     alone: bool = True
     module: str = "transformers"
     stacks: tuple[str, ...] = ("model",)  # what has layers and a norm; "" for the model itself
+    compiled_sites: dict[str, int] | None = None
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -74,10 +76,18 @@ class Tiny:
         return self.model.endswith(("ForCausalLM", "ForConditionalGeneration"))
 
     @property
+    def has_experts(self) -> bool:
+        return "num_experts_per_tok" in self.options
+
+    @property
     def one_sum(self) -> bool:
         """Whether each fused call takes the place of one all-reduce: then the bits can be equal."""
         return sum(self.sites.values()) == self.all_reduces
 
+
+# The pass has no pattern for two all-reduces that are added, of experts and shared expert: of the
+# three sites, the attention's alone is fused.
+BUT_EXPERTS = {"residual": 1}
 
 TINY = {
     "gemma": Tiny("GemmaConfig", "GemmaForCausalLM", BASE, {"residual": 4}, 4),
@@ -91,6 +101,7 @@ TINY = {
         {"residual": 3},
         5,
         alone=False,
+        compiled_sites=BUT_EXPERTS,
     ),
     "qwen3_5": Tiny(
         "Qwen3_5TextConfig",
@@ -109,6 +120,7 @@ TINY = {
         5,
         alone=False,
         module="transformers.models.qwen3_5_moe",
+        compiled_sites=BUT_EXPERTS,
     ),
     # Of these two, the attention's all-reduce alone: behind the experts' comes something else.
     "minimax_m3": Tiny(
@@ -185,16 +197,20 @@ def load(
     dtype: torch.dtype,
     device: torch.device,
     plan: dict[str, str] | str = "auto",
+    experts: str = "eager",
 ) -> Any:
-    """The model of this name, sharded over the default group by transformers. Collective."""
+    """The model of this name, sharded over the default group by transformers. Collective.
+
+    experts: how they compute. transformers' default has demands on sizes that a tiny model does
+        not meet.
+    """
     from transformers.distributed import DistributedConfig
 
     path = directory / name
     if dist.get_rank() == 0 and not path.exists():
         make(name).save_pretrained(path)
     dist.barrier()
-    # Kernels for groups of experts have demands on sizes that a tiny model does not meet.
-    options: dict[str, Any] = {"experts_implementation": "eager"} if _has_experts(name) else {}
+    options: dict[str, Any] = {"experts_implementation": experts} if TINY[name].has_experts else {}
     if device.type == "cuda":
         # Left to itself, torch would make a NCCL group, which refuses several ranks on one GPU.
         from torch.distributed.device_mesh import DeviceMesh
@@ -208,10 +224,6 @@ def load(
         path, dtype=dtype, distributed_config=DistributedConfig(tp_plan=plan), **options
     )
     return model.eval()
-
-
-def _has_experts(name: str) -> bool:
-    return "num_experts_per_tok" in TINY[name].options
 
 
 def type_of(name: str) -> Any:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import gemma_ar_norm
 from gemma_ar_norm import fuse_forward, groups, huggingface, launcher, tensor_parallel
+from gemma_ar_norm.fusion import PASS_OPTION
 
 BF16, FP32 = torch.bfloat16, torch.float32
 PROMPT = [[5, 9, 77, 31, 2, 64], [11, 3, 8, 100, 41, 7]]
@@ -181,6 +182,7 @@ def logits(me: Rank, name: str) -> None:
             exact = logits_of(model, me.ids)
         gemma_ar_norm.fuse(model)
         fused = logits_of(model, me.ids)
+        assert_through_the_kernel(me, name, dtype)
         assert_within(fused, before, bounds[dtype], f"{name} {dtype}")
         with norms_of_the_contract(stack):
             fused_exact = logits_of(model, me.ids)
@@ -194,6 +196,14 @@ def logits(me: Rank, name: str) -> None:
             checks.assert_bit_equal(other, fused.cpu(), f"{name} {dtype}, across ranks")
         gemma_ar_norm.unfuse(model)
         checks.assert_bit_equal(logits_of(model, me.ids), before, f"{name} {dtype}, unfused again")
+
+
+def assert_through_the_kernel(me: Rank, name: str, dtype: torch.dtype) -> None:
+    """On GPUs the calls that were made took the CUDA kernel, not torch.distributed."""
+    hidden = models.BASE["hidden_size"]
+    answer = gemma_ar_norm.explain(me.ids.numel(), hidden, dtype, device=me.device)
+    paths = ("one_shot", "two_shot") if me.device.type == "cuda" else ("cpu",)
+    assert answer.path in paths, f"{name}: {answer}"
 
 
 @case
@@ -442,6 +452,65 @@ def compiled(me: Rank, name: str) -> None:
     records = gemma_ar_norm.fusion_report()[before:]
     forms = [record.form for record in records]
     assert {form: forms.count(form) for form in set(forms)} == tiny.sites, records
+
+
+@case
+def through_the_pass(me: Rank, name: str) -> None:
+    """Traced, the model that is not fused goes through Inductor up to and with the pass, which
+    finds the same calls. No code is generated: the graph runs as it is, so it takes seconds."""
+    tiny = models.TINY[name]
+    if name == "step3p7":  # it loops over the experts that were chosen, at which a graph breaks
+        return
+    # The eager experts of the others loop too.
+    model = me.load(name, BF16, plan=_plan_without_hooks(name), experts="batched_mm")
+    base = model.model if tiny.generates else model
+    for module in base.modules():
+        if hasattr(module, "chunk_gated_delta_rule"):  # of 64 steps to trace, for six tokens
+            module.chunk_gated_delta_rule = module.recurrent_gated_delta_rule
+    want = run(base, me.ids).last_hidden_state
+    graphs: list[Any] = []
+    torch._dynamo.reset()
+    gemma_ar_norm.fusion_report(clear=True)
+    traced = torch.compile(base, backend=_up_to_the_pass(graphs), fullgraph=True)
+    got = run(traced, me.ids).last_hidden_state
+    bounds = BOUND if tiny.one_sum else BOUND_OF_EXPERTS
+    assert_within(got, want, bounds[BF16], f"{name}, through the pass")
+
+    records = gemma_ar_norm.fusion_report(clear=True)
+    forms = [record.form for record in records if record.form]
+    sites = tiny.sites if tiny.compiled_sites is None else tiny.compiled_sites
+    assert {form: forms.count(form) for form in set(forms)} == sites, records
+    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("fused_allreduce_rmsnorm" in call for call in calls) == len(forms), calls
+    left = tiny.all_reduces + tiny.all_reduces_left - len(forms)
+    assert sum("all_reduce." in call for call in calls) == left, records
+
+
+def _plan_without_hooks(name: str) -> dict[str, str]:
+    """transformers' plan, with head and embedding whole, and without what sets backward hooks."""
+    plan = models.make(name).tp_plan
+    whole = ("lm_head", "embed_tokens")
+    return {
+        key: style
+        for key, style in plan.items()
+        if not any(part in key for part in whole) and style != "replicated_with_grad_allreduce"
+    }
+
+
+def _up_to_the_pass(graphs: list[Any]) -> Callable[..., Any]:
+    """A backend for torch.compile: Inductor's passes and ours, and then the graph, which goes to
+    `graphs` too, instead of code."""
+    from torch._inductor import compile_fx
+
+    fusion_pass = gemma_ar_norm.inductor_options()[PASS_OPTION]
+
+    def inner(graph: Any, inputs: Any, **options: Any) -> Callable[..., Any]:
+        fusion_pass(graph.graph)
+        graph.recompile()
+        graphs.append(graph)
+        return lambda *arguments: graph(*arguments)
+
+    return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
 
 
 @case

@@ -407,7 +407,9 @@ def test_layers_of_a_decoder():
 # ----------------------------------------------------------------------------------- vLLM's model
 
 
-@pytest.mark.parametrize(("hidden", "dtype"), [(16, FP16), (64, BF16), (64, FP16), (1152, BF16)])
+@pytest.mark.parametrize(
+    ("hidden", "dtype"), [(16, BF16), (16, FP16), (64, BF16), (64, FP16), (1152, BF16)]
+)
 def test_the_model_of_vllms_own_test(vllm_ops, hidden, dtype):
     for ops in (None, vllm_ops):
         model = models.VllmTestModel(hidden, dtype, checks.fresh_seed(), ops)
