@@ -67,7 +67,7 @@ worlds=()
 for n in 2 4 8; do [ "$n" -le "$most" ] && worlds+=("$n"); done
 echo "$gpus GPUs; ranks: ${worlds[*]} and all between"
 
-step build_links 150 "$PYTHON" -c "import sys; sys.path.insert(0, 'bench/links'); import run; run.build()"
+step build_links 150 "$PYTHON" -c "import sys; sys.path.insert(0, 'bench'); from harness import cmake; cmake.build('links')"
 step topology 30 bash -c topology
 
 # ---- links ----

@@ -8,6 +8,7 @@
 #include "device/gpu.cuh"
 #include "device/pack.cuh"
 #include "gpus.h"
+#include "harness/quantiles.h"
 
 namespace links {
 

@@ -1,11 +1,9 @@
-// What latency.cuh and bandwidth.cuh share: a GPU with its stream, its memory, and quantiles.
+// What latency.cuh and bandwidth.cuh share: a GPU with its stream, and its memory.
 #pragma once
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
-#include <vector>
 
 #include "host/cuda_status.h"
 
@@ -48,14 +46,5 @@ struct Gpu {
 
   void synchronize() const { check(cudaStreamSynchronize(stream)); }
 };
-
-// As Python's statistics.quantiles(method="inclusive") has it: between the two nearest values.
-inline double quantile(std::vector<double> values, double part) {
-  std::sort(values.begin(), values.end());
-  const double at = part * (values.size() - 1);
-  const size_t below = static_cast<size_t>(at);
-  const size_t above = std::min(below + 1, values.size() - 1);
-  return values[below] + (at - below) * (values[above] - values[below]);
-}
 
 }  // namespace links

@@ -21,6 +21,7 @@
 
 #include "bandwidth.cuh"
 #include "gpus.h"
+#include "harness/quantiles.h"
 #include "host/workspace.h"
 #include "latency.cuh"
 

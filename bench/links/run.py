@@ -19,20 +19,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from harness import progress  # noqa: E402
+from harness import cmake, progress  # noqa: E402
 from harness import report as reports  # noqa: E402
 
-BUILD = ROOT / "build" / "bench"
 LISTS = ("latency_ns", "bandwidth", "peer")
-
-
-def build() -> Path:
-    options = ["-DGAN_BUILD_PYTHON=OFF", "-DGAN_BUILD_BENCH=ON"]
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options]
-    build = ["cmake", "--build", str(BUILD), "--target", "links"]
-    for command in (configure, build):
-        subprocess.run(command, check=True, stdout=sys.stderr)  # a compiler's errors are there
-    return BUILD / "links"
 
 
 def measure(links: Path, options: Sequence[str]) -> tuple[list[str], int]:
@@ -118,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="where to write all numbers")
     given, options = parser.parse_known_args(arguments)
-    lines, exit_code = measure(build(), options)
+    lines, exit_code = measure(cmake.build("links"), options)
     if lines:
         found = report_of(lines, complete=exit_code == 0)
         if commit := reports.commit():

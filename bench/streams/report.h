@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "harness/quantiles.h"
 #include "host/workspace.h"
 #include "options.h"
 #include "placement.h"
-#include "statistics.h"
 #include "timing.cuh"
 #include "ways.h"
 

@@ -21,10 +21,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from harness import plots, progress  # noqa: E402
+from harness import cmake, plots, progress  # noqa: E402
 from harness import report as reports  # noqa: E402
 
-BUILD = ROOT / "build" / "bench"
 RANKS = range(2, 9)
 
 
@@ -36,15 +35,6 @@ def load_plan():
     plan = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plan)
     return plan
-
-
-def build() -> Path:
-    options = ["-DGAN_BUILD_PYTHON=OFF", "-DGAN_BUILD_BENCH=ON"]
-    configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(BUILD), *options]
-    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    build = ["cmake", "--build", str(BUILD), "--target", "streams"]
-    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
-    return BUILD / "streams"
 
 
 def compute_capability() -> tuple[int, int]:
@@ -123,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(plots.problem()))
     if given.gpus < 1:
         parser.error(f"--gpus: 1 or more are required; got {given.gpus}")
-    streams = build()
+    streams = cmake.build("streams")
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every rank's stream
     with tempfile.TemporaryDirectory() as directory:
         rules = Path(directory) / "rules.txt"

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
+#include "harness/quantiles.h"
 #include "inboxes.cuh"
 #include "memory.cuh"
 #include "placement.h"
-#include "statistics.h"
 #include "timing.cuh"
 
 namespace gan::streams {

@@ -755,7 +755,7 @@ def test_streams_is_given_the_number_of_gpus(streams_run, monkeypatch, tmp_path,
         asked.append((list(options), rules.read_text()))
         return 3
 
-    monkeypatch.setattr(streams_run, "build", lambda: tmp_path / "streams")
+    monkeypatch.setattr(streams_run.cmake, "build", lambda target: tmp_path / target)
     monkeypatch.setattr(streams_run.subprocess, "run", streams)
     monkeypatch.setattr(streams_run, "measure", measure_)
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32")
@@ -806,7 +806,7 @@ import sys
 sys.path.insert(0, {str(BENCH / "links")!r})
 import run
 from pathlib import Path
-run.build = lambda: Path({str(links)!r})
+run.cmake.build = lambda target: Path({str(links)!r})
 code = run.main(["--json", *sys.argv[1:]])
 assert "torch" not in sys.modules
 sys.exit(code)

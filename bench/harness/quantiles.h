@@ -1,8 +1,9 @@
+// What the C++ benchmarks make of the times of replays.
 #pragma once
 #include <algorithm>
 #include <vector>
 
-namespace gan::streams {
+namespace gan {
 
 // As Python's statistics.quantiles(method="inclusive") has it: between the two nearest values.
 inline double quantile(std::vector<double> values, double part) {
@@ -15,4 +16,4 @@ inline double quantile(std::vector<double> values, double part) {
 
 inline double median(const std::vector<double>& values) { return quantile(values, 0.5); }
 
-}  // namespace gan::streams
+}  // namespace gan
