@@ -18,10 +18,11 @@ a GPU. LINKS.json: of links/run.py on the same machine. For every number of rank
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,11 @@ def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Poin
     return sorted(points, key=lambda p: (p.ranks, p.hidden, p.rows))
 
 
-def crossover(points: Sequence[Point]) -> tuple[int | None, int | None]:
+def crossover(points: Iterable[Point]) -> tuple[int | None, int | None]:
     """(the largest size up to which one-shot is no slower, the next one measured), of points of one
-    hidden size and number of ranks; None where there is none."""
+    hidden size and number of ranks, by size; None where there is none."""
     last = None
-    for point in sorted(points, key=lambda p: p.size):
+    for point in points:
         if not {ONE, TWO} <= point.us.keys():
             continue
         if point.us[ONE] > point.us[TWO] * ALIKE:
@@ -141,13 +142,6 @@ def table(points: Sequence[Point]) -> list[str]:
     return reports.columns(rows, {"took"})
 
 
-def groups_of(points: Sequence[Point]) -> Mapping[tuple[int, int], list[Point]]:
-    found: dict[tuple[int, int], list[Point]] = {}
-    for point in points:
-        found.setdefault((point.ranks, point.hidden), []).append(point)
-    return found
-
-
 def worst(points: Sequence[Point], value: Any, *, largest: bool = True) -> str:
     known = [(found, p) for p in points if (found := value(p)) is not None]
     if not known:
@@ -161,7 +155,7 @@ def conclusions(points: Sequence[Point], planned: Any) -> list[str]:
     for ranks in sorted({p.ranks for p in points}):
         mine = [p for p in points if p.ranks == ranks]
         lines.append(f"{ranks} ranks; the plan has one-shot up to {planned(ranks)}")
-        for (_, hidden), group in groups_of(mine).items():
+        for hidden, group in itertools.groupby(mine, lambda p: p.hidden):
             last, following = crossover(group)
             upto = "at no size" if last is None else f"up to {last} bytes"
             then = "" if following is None else f"; two-shot is faster at {following}"

@@ -6,6 +6,7 @@ layer, to the module that transformers calls for it.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,13 @@ class Site:
     def is_as_before(self, hidden: Tensor) -> bool:
         """Also under autocast, where the linear's dtype is not that of the residual."""
         return torch.is_autocast_enabled(hidden.device.type) or are_watched(self.modules)
+
+    def run_as_before(self, mixer: Any, *args: Any, **kwargs: Any) -> Any:
+        self.reduces = True
+        try:
+            return mixer(*args, **kwargs)
+        finally:
+            self.reduces = False
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,11 @@ def layer_forward(
             x = norms[0](h)
         for step, norm in zip(steps, norms[1:], strict=True):
             arguments = {one.keyword: one.value(given) for one in step.call.arguments}
-            if arguments:
-                arguments.update(kwargs, hidden_states=x)
             fused = step.site is not None and not step.site.is_as_before(h)
-            if step.site is None or fused:
-                y = step.mixer(**arguments) if arguments else step.mixer(x)
-            else:
-                step.site.reduces = True
-                try:
-                    y = step.mixer(**arguments) if arguments else step.mixer(x)
-                finally:
-                    step.site.reduces = False
+            run = step.mixer
+            if step.site is not None and not fused:
+                run = functools.partial(step.site.run_as_before, step.mixer)
+            y = run(hidden_states=x, **arguments, **kwargs) if arguments else run(x)
             if step.call.takes_first or isinstance(y, tuple):
                 y = y[0]
             if step.dropout is not None and step.dropout.training and step.dropout.p > 0.0:

@@ -71,14 +71,14 @@ def driver_version() -> str | None:
         return None
 
 
-def commit() -> str | None:
-    """Of this checkout, with "-dirty" where files are changed; None without git."""
+def note_commit(versions: dict[str, str]) -> None:
+    """That of this checkout, with "-dirty" where files are changed; nothing without git."""
     describe = ["git", "-C", str(PUBLISHED.parent), "describe", "--always", "--dirty"]
     try:
         asked = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=True)
-        return asked.stdout.strip() or None
+        versions["commit"] = asked.stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
+        pass
 
 
 # ---------------------------------------------------------------------------------------- the file

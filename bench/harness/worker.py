@@ -254,8 +254,7 @@ def versions(world: World) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    if of_checkout := reports.commit():
-        found["commit"] = of_checkout
+    reports.note_commit(found)
     if world.nccl:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     for package in ("flashinfer-python", "vllm"):

@@ -173,7 +173,7 @@ void measure_latency(const Machine& machine, const Options& o) {
         std::printf(
             "{\"latency_ns\": {\"from\": %d, \"to\": %d, \"packs\": %u, \"ns\": %.1f, "
             "\"p10\": %.1f, \"p90\": %.1f}}\n",
-            from, to, packs, quantile(ns, 0.5), quantile(ns, 0.1), quantile(ns, 0.9));
+            from, to, packs, median(ns), quantile(ns, 0.1), quantile(ns, 0.9));
       }
     }
   }

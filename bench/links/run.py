@@ -111,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines, exit_code = measure(cmake.build("links"), options)
     if lines:
         found = report_of(lines, complete=exit_code == 0)
-        if commit := reports.commit():
-            found["versions"]["commit"] = commit
+        reports.note_commit(found["versions"])
         print(table(found))
         if given.json:
             reports.save(found, given.json)

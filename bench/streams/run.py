@@ -10,6 +10,7 @@ are asked of nvidia-smi and of streams itself.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import subprocess
@@ -27,6 +28,7 @@ from harness import report as reports  # noqa: E402
 RANKS = range(2, 9)
 
 
+@functools.cache
 def load_plan():
     """plan.py alone: the package needs torch."""
     spec = importlib.util.spec_from_file_location("plan", ROOT / "gemma_ar_norm" / "plan.py")
@@ -88,8 +90,7 @@ def report(file: Path, plot: str | None) -> None:
     """Adds to the file what streams cannot know, and shows it."""
     found = reports.load(file)
     found["driver"] = reports.driver_version()
-    if commit := reports.commit():
-        found["versions"]["commit"] = commit
+    reports.note_commit(found["versions"])
     reports.save(found, file)
     print(reports.table(found))
     if plot and found["cells"]:

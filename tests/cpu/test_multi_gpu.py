@@ -165,12 +165,17 @@ exit 0
 """
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
-def test_a_step_that_fails_stops_nothing_else(tmp_path, gpus):
-    """With a Python that only says what it was asked for."""
-    python = tmp_path / "python"
+def stand_in(directory: Path, gpus: object) -> Path:
+    """A Python that only says what it was asked for."""
+    python = directory / "python"
     python.write_text(STAND_IN.format(gpus=gpus))
     python.chmod(0o755)
+    return python
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
+def test_a_step_that_fails_stops_nothing_else(tmp_path, gpus):
+    python = stand_in(tmp_path, gpus)
     result = run_script(tmp_path, PYTHON=str(python))
     assert result.returncode == 1, result.stdout + result.stderr
     assert "FAILED: tests\n" in result.stdout
@@ -188,9 +193,7 @@ def test_a_step_that_fails_stops_nothing_else(tmp_path, gpus):
 
 
 def test_a_python_without_torch_is_refused(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(STAND_IN.format(gpus="none"))
-    python.chmod(0o755)
+    python = stand_in(tmp_path, "none")
     assert run_script(tmp_path, PYTHON=str(python)).returncode == 2
 
 
@@ -203,9 +206,7 @@ def test_reports_of_an_earlier_run_are_not_taken(tmp_path):
 
 
 def test_no_time_left(tmp_path):
-    python = tmp_path / "python"
-    python.write_text(STAND_IN.format(gpus=2))
-    python.chmod(0o755)
+    python = stand_in(tmp_path, 2)
     result = run_script(tmp_path, PYTHON=str(python), LIMIT="5")
     assert result.returncode == 1
     assert "soak: not run: no time is left" in result.stdout
