@@ -294,13 +294,10 @@ class FakeCuda:
     def __init__(self, monkeypatch):
         self.queued: list[str] = []
         self.captures = 0
-        self.slow_queues = 0  # times that the GPU wakes up before all is queued
-        self.slept: list[int] = []
+        self.queue_takes = 1000  # works; with more the GPU wakes up before all are queued
         fake = self
 
         def sleep(cycles):
-            fake.slow_queues -= 1 if fake.slept else 0
-            fake.slept.append(cycles)
             fake.queued.append("sleep")
 
         class Graph:
@@ -316,7 +313,8 @@ class FakeCuda:
                 fake.queued.append("event")
 
             def query(self):  # asked when all is queued
-                return fake.slow_queues > 0
+                since = len(fake.queued) - fake.queued[::-1].index("sleep")
+                return fake.queued[since:].count("work") > fake.queue_takes
 
             def elapsed_time(self, other):
                 return float(other.at - self.at)
@@ -363,26 +361,32 @@ def test_replays_begin_together_and_with_a_flushed_l2(one_rank, monkeypatch):
     assert cuda.queued == [*first, *one * (measure.WARM_UPS + 2), "synchronize", "synchronize"]
 
 
-@pytest.mark.parametrize("slow", [1, 2, 3])
-def test_a_host_that_is_slower_than_the_sleep_gets_a_longer_one(one_rank, monkeypatch, slow):
+@pytest.mark.parametrize(
+    ("takes", "sleeps"),
+    [(20, 1), (8, 1 + 3), (7, 1 + 1 + 20), (0, 1 + 1 + 1)],
+)
+def test_a_queue_that_takes_fewer_replays_gets_fewer_at_a_time(
+    one_rank, monkeypatch, takes, sleeps
+):
+    """20 are asked for: all at once, then eight at a time, then one."""
     cuda = FakeCuda(monkeypatch)
-    cuda.slow_queues = slow
+    cuda.queue_takes = takes
     gpu = FakeGpu(0, 1, torch.device("cpu"), nccl=False, shared_gpu=False, not_fused="")
     start, flush = measure.Start(gpu), measure.Flush(gpu, 0)
 
     def timed():
-        return measure.timed([lambda: cuda.queued.append("work")] * 2, start, flush)
+        return measure.timed([lambda: cuda.queued.append("work")] * 20, start, flush)
 
-    if slow < 3:
-        assert timed() == [2000.0, 2000.0]
-        assert cuda.slept == list(measure.SLEEP_CYCLES[: slow + 1])
-        assert cuda.slept == sorted(set(cuda.slept))
+    if takes > 0:
+        assert timed() == [2000.0] * 20
     else:
-        with pytest.raises(RuntimeError, match="queues 2 replays while the GPU sleeps"):
+        with pytest.raises(RuntimeError, match="queues a replay while the GPU sleeps"):
             timed()
+    assert cuda.queued.count("sleep") == sleeps
     # Ranks that meet on the host have no such limit.
-    start.on_the_host, cuda.slow_queues = True, 9
-    assert timed() == [2000.0, 2000.0]
+    start.on_the_host = True
+    assert timed() == [2000.0] * 20
+    assert cuda.queued.count("sleep") == sleeps + 1
 
 
 @pytest.mark.parametrize(
