@@ -36,15 +36,21 @@ TOKENS_FILE = "tokens.json"
 
 # Gemma 3 270M has one key/value head, which cannot be shared out: transformers' own plan fails at
 # two ranks. Here every rank has the whole of it, and a part of the four query heads. Both linears
-# that reduce are sharded. What the plan leaves out, the head with the embedding too, is whole on
-# every rank, so no collective is left beside the fused calls.
-PLAN = {
+# that reduce are sharded. All else, the head with the embedding too, is whole on every rank, so no
+# collective is left beside the fused calls.
+SHARDED = {
     "model.layers.*.self_attn.q_proj": "colwise",
     "model.layers.*.self_attn.o_proj": "rowwise",
     "model.layers.*.mlp.gate_proj": "colwise",
     "model.layers.*.mlp.up_proj": "colwise",
     "model.layers.*.mlp.down_proj": "rowwise",
 }
+WHOLE = (
+    "lm_head",
+    "model.embed_tokens",
+    "model.layers.*.self_attn.k_proj",
+    "model.layers.*.self_attn.v_proj",
+)
 RANKS = (2, 4)  # that its four heads can be shared out to
 
 
@@ -138,6 +144,15 @@ class Tokenizer:
 # --------------------------------------------------------------------------------------- each rank
 
 
+def plan() -> dict[str, str]:
+    """transformers 5.17 leaves whole what a plan does not name. 5.24 takes its own plan for that,
+    and has a style for what is to be whole."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    has_style = "replicate" in ALL_PARALLEL_STYLES
+    return SHARDED | (dict.fromkeys(WHOLE, "replicate") if has_style else {})
+
+
 def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from torch.distributed.device_mesh import DeviceMesh
     from transformers import AutoModelForCausalLM
@@ -152,7 +167,7 @@ def load(directory: Path, device: torch.device, dtype: torch.dtype) -> Any:
             dist.group.WORLD, "cuda", mesh_dim_names=("tp",)
         )
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, distributed_config=DistributedConfig(tp_plan=PLAN), **options
+        directory, dtype=dtype, distributed_config=DistributedConfig(tp_plan=plan()), **options
     )
     for layer in model.model.layers:
         # Query heads of this rank for each key/value head.

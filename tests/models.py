@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Tiny:
 
     alone: whether no other collective is left in the decoder with transformers' own plan.
     compiled_sites: what the torch.compile pass fuses, where that is less than `sites`.
+    left: {block: why} of those that `fuse` leaves with transformers' own plan.
     """
 
     config: str
@@ -66,6 +67,7 @@ class Tiny:
     module: str = "transformers"
     stacks: tuple[str, ...] = ("model",)  # what has layers and a norm; "" for the model itself
     compiled_sites: dict[str, int] | None = None
+    left: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -80,6 +82,11 @@ class Tiny:
         return "num_experts_per_tok" in self.options
 
     @property
+    def scales_embedding(self) -> bool:
+        """Whether what is looked up is scaled before the first norm."""
+        return "Gemma" in self.config
+
+    @property
     def one_sum(self) -> bool:
         """Whether each fused call takes the place of one all-reduce: then the bits can be equal."""
         return sum(self.sites.values()) == self.all_reduces
@@ -88,6 +95,10 @@ class Tiny:
 # The pass has no pattern for two all-reduces that are added, of experts and shared expert: of the
 # three sites, the attention's alone is fused.
 BUT_EXPERTS = {"residual": 1}
+
+LINEAR_ATTENTION = {"model.layers.0.linear_attn": "its output is gathered, not reduced"}
+UNSHARDED = "not a linear that transformers made row-parallel"
+BETWEEN = "something is done between its all-reduce and the residual add"
 
 TINY = {
     "gemma": Tiny("GemmaConfig", "GemmaForCausalLM", BASE, {"residual": 4}, 4),
@@ -102,6 +113,7 @@ TINY = {
         5,
         alone=False,
         compiled_sites=BUT_EXPERTS,
+        left=LINEAR_ATTENTION,
     ),
     "qwen3_5": Tiny(
         "Qwen3_5TextConfig",
@@ -111,6 +123,7 @@ TINY = {
         3,
         alone=False,
         module="transformers.models.qwen3_5",
+        left=LINEAR_ATTENTION,
     ),
     "qwen3_5_moe": Tiny(
         "Qwen3_5MoeTextConfig",
@@ -121,6 +134,7 @@ TINY = {
         alone=False,
         module="transformers.models.qwen3_5_moe",
         compiled_sites=BUT_EXPERTS,
+        left=LINEAR_ATTENTION,
     ),
     # Of these two, the attention's all-reduce alone: behind the experts' comes something else.
     "minimax_m3": Tiny(
@@ -138,6 +152,7 @@ TINY = {
         all_reduces_left=2,
         alone=False,
         module="transformers.models.minimax_m3_vl",
+        left={"model.layers.0.mlp": BETWEEN, "model.layers.1.mlp": BETWEEN},
     ),
     "step3p7": Tiny(
         "Step3p7TextConfig",
@@ -157,6 +172,7 @@ TINY = {
         alone=False,
         module="transformers.models.step3p7.modeling_step3p7",
         stacks=("",),
+        left={"layers.0.mlp": f"down_proj: {UNSHARDED}", "layers.1.mlp": BETWEEN},
     ),
     # The encoder's two layers and the decoder's; the cross-attention is whole on every rank.
     "t5gemma": Tiny(
@@ -171,6 +187,7 @@ TINY = {
         8,
         module="transformers.models.t5gemma",
         stacks=("model.encoder", "model.decoder"),
+        left={f"model.decoder.layers.{n}.cross_attn": f"o_proj: {UNSHARDED}" for n in (0, 1)},
     ),
 }
 
@@ -198,11 +215,15 @@ def load(
     device: torch.device,
     plan: dict[str, str] | str = "auto",
     experts: str = "eager",
+    expert_parallel: bool = False,
+    **config: Any,
 ) -> Any:
     """The model of this name, sharded over the default group by transformers. Collective.
 
     experts: how they compute. transformers' default has demands on sizes that a tiny model does
         not meet.
+    config: values of the configuration that are to be others. Weights that only such a model has
+        are as transformers initialises them.
     """
     from transformers.distributed import DistributedConfig
 
@@ -221,9 +242,25 @@ def load(
         )
     model_class = type_of(name)
     model = model_class.from_pretrained(
-        path, dtype=dtype, distributed_config=DistributedConfig(tp_plan=plan), **options
+        path,
+        dtype=dtype,
+        distributed_config=DistributedConfig(tp_plan=plan, enable_expert_parallel=expert_parallel),
+        **options,
+        **config,
     )
     return model.eval()
+
+
+def part_of_plan(name: str, part: str) -> dict[str, str]:
+    """transformers' plan for the modules with this in their names. All others are to be whole: 5.24
+    has a style for that, and 5.17 leaves whole what is not named."""
+    from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+    plan = make(name).tp_plan
+    chosen = {key: style for key, style in plan.items() if part in key}
+    if "replicate" not in ALL_PARALLEL_STYLES:
+        return chosen
+    return dict.fromkeys(plan, "replicate") | chosen
 
 
 def type_of(name: str) -> Any:

@@ -10,11 +10,10 @@ and on the CPU, where a CUDA graph is left out.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,94 +21,35 @@ from unittest import mock
 
 import checks
 import models
+import models_compiled  # noqa: F401 - for its cases
+import models_left  # noqa: F401 - for its cases
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
+from models_tools import (
+    BF16,
+    BOUND,
+    BOUND_OF_EXPERTS,
+    CASES,
+    FP16,
+    FP32,
+    Rank,
+    assert_within,
+    case,
+    counted,
+    logits_of,
+    run,
+    sharded_embeddings,
+    stacks_of,
+    states_of,
+)
 from torch import Tensor
 
 import gemma_ar_norm
-from gemma_ar_norm import fuse_forward, groups, huggingface, launcher, tensor_parallel
-from gemma_ar_norm.fusion import PASS_OPTION
+from gemma_ar_norm import groups, huggingface, launcher
 
-BF16, FP32 = torch.bfloat16, torch.float32
-PROMPT = [[5, 9, 77, 31, 2, 64], [11, 3, 8, 100, 41, 7]]
 NEW_TOKENS = 8
-
-# Bounds of |logits - unfused logits|, as parts of the largest logit; docs/models.md says what was
-# seen. Where two sums become one in bfloat16, a router may choose another expert.
-BOUND = {BF16: 0.03, FP32: 2e-5}
-BOUND_OF_EXPERTS = {BF16: 0.1, FP32: 2e-5}
-
-CASES: dict[str, Callable[[Rank, str], None]] = {}
-
-
-def case(function: Callable[[Rank, str], None]) -> Callable[[Rank, str], None]:
-    CASES[function.__name__] = function
-    return function
-
-
-class Rank:
-    def __init__(self, rank: int, world: int, device: torch.device, directory: Path):
-        self.rank, self.world, self.device, self.directory = rank, world, device, directory
-        self.ids = torch.tensor(PROMPT, device=device)
-
-    def load(self, name: str, dtype: torch.dtype = FP32, **options: Any) -> Any:
-        return models.load(name, self.directory, dtype, self.device, **options)
-
-
-def stacks_of(model: Any, name: str) -> list[Any]:
-    """What has layers and a norm; the last one is what makes the text."""
-    return [model.get_submodule(path) for path in models.TINY[name].stacks]
-
-
-@torch.no_grad()
-def run(model: Any, ids: Tensor, **options: Any) -> Any:
-    if model.config.is_encoder_decoder:
-        options["decoder_input_ids"] = ids.flip(-1)
-    return model(ids, use_cache=False, **options)
-
-
-def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """The logits; of a model without a head, its last hidden state."""
-    out = run(model, ids)
-    return out.logits if hasattr(out, "logits") else out.last_hidden_state
-
-
-def states_of(model: Any, ids: Tensor) -> Tensor:
-    """What goes into the head."""
-    return run(model.model, ids).last_hidden_state
-
-
-def assert_within(got: Tensor, want: Tensor, part: float, what: str) -> None:
-    assert (got.shape, got.dtype) == (want.shape, want.dtype), what
-    largest = want.abs().max().item()
-    difference = (got.float() - want.float()).abs().max().item()
-    print(f"{what}: {difference / largest:.2e} of the largest logit", flush=True)
-    assert difference <= part * largest, f"{what}: off by {difference} of {largest}"
-
-
-@contextmanager
-def counted() -> Iterator[dict[str, int]]:
-    """Counts fused calls, and all-reduces of torch.distributed, also those of DTensors."""
-    counts = {"fused": 0, "all_reduce": 0}
-    fused, all_reduce = fuse_forward.api.fused_allreduce_gemma_rmsnorm, dist.all_reduce
-
-    def counting(key: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            counts[key] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with (
-        mock.patch.object(
-            fuse_forward.api, "fused_allreduce_gemma_rmsnorm", counting("fused", fused)
-        ),
-        mock.patch.object(dist, "all_reduce", counting("all_reduce", all_reduce)),
-        mock.patch.object(funcol, "all_reduce", counting("all_reduce", funcol.all_reduce)),
-    ):
-        yield counts
 
 
 @contextmanager
@@ -135,9 +75,7 @@ def sites(me: Rank, name: str) -> None:
     """As many fused calls as the table expects, and no all-reduce beside them; then none again."""
     tiny, model = models.TINY[name], me.load(name)
     keys = {key: value.data_ptr() for key, value in model.state_dict().items()}
-    stacks = stacks_of(model, name)
-    reduced_embedding = tensor_parallel.reduced_embedding
-    embeddings = sum(reduced_embedding(stack.embed_tokens)[0] is not None for stack in stacks)
+    embeddings = sharded_embeddings(model, name)
     plain = {"plain": embeddings} if embeddings else {}
 
     with counted() as before:
@@ -151,6 +89,7 @@ def sites(me: Rank, name: str) -> None:
     for site in fusion.sites:
         assert all(weight in parameters for weight in site.weights), site
         assert len(site.weights) == (2 if site.form == "sandwich" else 1), site
+    assert dict(fusion.left) == tiny.left, str(fusion)
     gathers = [where for where, style in fusion.collectives if "lm_head" not in where]
     assert (not gathers) == tiny.alone, fusion.collectives
     assert str(fusion).count(":") >= fusion.count()
@@ -175,7 +114,7 @@ def sites(me: Rank, name: str) -> None:
 def logits(me: Rank, name: str) -> None:
     """Within the rounding of what was before; the same bits where only the norm's order differs."""
     bounds = BOUND if models.TINY[name].one_sum else BOUND_OF_EXPERTS
-    for dtype in (FP32, BF16):
+    for dtype in (FP32, BF16, FP16) if name in ("gemma", "gemma3") else (FP32, BF16):
         model = me.load(name, dtype)
         before, stack = logits_of(model, me.ids), stacks_of(model, name)[-1]
         with norms_of_the_contract(stack):
@@ -338,40 +277,6 @@ def autocast(me: Rank, name: str) -> None:
 
 
 @case
-def layers_of_which_one_is_compiled(me: Rank, name: str) -> None:
-    """A hook that writes between two layers counts, also where only one of them counts writes."""
-    if name != "gemma3":
-        return
-    for which in (0, 1):
-        torch._dynamo.reset()
-        models = [me.load(name, plan=_plan_to_trace(name)) for _ in range(2)]
-        for model in models:
-            layers = stacks_of(model, name)[-1].layers
-            layers[0].register_forward_hook(lambda module, args, out: out.copy_(out.roll(1, -1)))
-            layers[which].compile(backend="eager")
-        gemma_ar_norm.fuse(models[0])
-        got, want = (logits_of(model, me.ids) for model in models)
-        assert_within(got, want, BOUND[FP32], f"{name}, layer {which} compiled")
-
-
-@case
-def what_the_kernels_cannot_do(me: Rank, name: str) -> None:
-    """Is left as it was, or refused, by `fuse` and not by the first call."""
-    if name not in ("gemma", "gemma3"):
-        return
-    with pytest.raises(ValueError, match=r"it is torch\.float64; bfloat16, float16 and float32"):
-        gemma_ar_norm.fuse(me.load(name, torch.float64))
-    model = me.load(name, BF16)
-    stack = stacks_of(model, name)[-1]
-    stack.norm.half()  # neither the sum's dtype nor fp32
-    before = logits_of(model, me.ids)
-    fusion = gemma_ar_norm.fuse(model)
-    last = len(stack.layers) - 1
-    assert any("float16" in why for where, why in fusion.left if f"layers.{last}.mlp" in where)
-    assert_within(logits_of(model, me.ids), before, BOUND[BF16], f"{name}, a norm in fp16")
-
-
-@case
 def a_graph(me: Rank, name: str) -> None:
     """A decoder in a CUDA graph, where no other collective is left, computes as in eager mode.
 
@@ -430,191 +335,6 @@ def scalars_made_on_the_gpu() -> Iterator[None]:
 
     with mock.patch.object(torch, "tensor", made):
         yield
-
-
-@case
-def compiled(me: Rank, name: str) -> None:
-    """torch.compile of the model that is not fused, with the pass, fuses the same calls."""
-    options = getattr(gemma_ar_norm, "inductor_options", None)
-    tiny = models.TINY[name]
-    if options is None or name not in ("gemma", "gemma3"):  # the two forms; it takes a minute
-        return
-    model = me.load(name, BF16, plan=_plan_to_trace(name))
-    want = states_of(model, me.ids)
-    torch._dynamo.reset()
-    # What comes from Inductor's cache is fused, but not in the report.
-    torch._inductor.config.force_disable_caches = True
-    before = len(gemma_ar_norm.fusion_report())
-    decoder = torch.compile(model.model, options=options())
-    with torch.no_grad():
-        got = decoder(me.ids, use_cache=False).last_hidden_state
-    assert_within(got, want, BOUND[BF16], f"{name}, compiled")
-    records = gemma_ar_norm.fusion_report()[before:]
-    forms = [record.form for record in records]
-    assert {form: forms.count(form) for form in set(forms)} == tiny.sites, records
-
-
-@case
-def through_the_pass(me: Rank, name: str) -> None:
-    """Traced, the model that is not fused goes through Inductor up to and with the pass, which
-    finds the same calls. No code is generated: the graph runs as it is, so it takes seconds."""
-    tiny = models.TINY[name]
-    if name == "step3p7":  # it loops over the experts that were chosen, at which a graph breaks
-        return
-    # The eager experts of the others loop too.
-    model = me.load(name, BF16, plan=_plan_without_hooks(name), experts="batched_mm")
-    base = model.model if tiny.generates else model
-    for module in base.modules():
-        if hasattr(module, "chunk_gated_delta_rule"):  # of 64 steps to trace, for six tokens
-            module.chunk_gated_delta_rule = module.recurrent_gated_delta_rule
-    want = run(base, me.ids).last_hidden_state
-    graphs: list[Any] = []
-    torch._dynamo.reset()
-    gemma_ar_norm.fusion_report(clear=True)
-    traced = torch.compile(base, backend=_up_to_the_pass(graphs), fullgraph=True)
-    got = run(traced, me.ids).last_hidden_state
-    bounds = BOUND if tiny.one_sum else BOUND_OF_EXPERTS
-    assert_within(got, want, bounds[BF16], f"{name}, through the pass")
-
-    records = gemma_ar_norm.fusion_report(clear=True)
-    forms = [record.form for record in records if record.form]
-    sites = tiny.sites if tiny.compiled_sites is None else tiny.compiled_sites
-    assert {form: forms.count(form) for form in set(forms)} == sites, records
-    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
-    assert sum("fused_allreduce_rmsnorm" in call for call in calls) == len(forms), calls
-    left = tiny.all_reduces + tiny.all_reduces_left - len(forms)
-    assert sum("all_reduce." in call for call in calls) == left, records
-
-
-def _plan_without_hooks(name: str) -> dict[str, str]:
-    """transformers' plan, with head and embedding whole, and without what sets backward hooks."""
-    plan = models.make(name).tp_plan
-    whole = ("lm_head", "embed_tokens")
-    return {
-        key: style
-        for key, style in plan.items()
-        if not any(part in key for part in whole) and style != "replicated_with_grad_allreduce"
-    }
-
-
-def _up_to_the_pass(graphs: list[Any]) -> Callable[..., Any]:
-    """A backend for torch.compile: Inductor's passes and ours, and then the graph, which goes to
-    `graphs` too, instead of code."""
-    from torch._inductor import compile_fx
-
-    fusion_pass = gemma_ar_norm.inductor_options()[PASS_OPTION]
-
-    def inner(graph: Any, inputs: Any, **options: Any) -> Callable[..., Any]:
-        fusion_pass(graph.graph)
-        graph.recompile()
-        graphs.append(graph)
-        return lambda *arguments: graph(*arguments)
-
-    return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
-
-
-@case
-def a_fused_model_in_one_graph(me: Rank, name: str) -> None:
-    """torch.compile traces a fused model without a break, and its calls are the eager ones."""
-    if name != "gemma3":  # tracing takes seconds
-        return
-    model = me.load(name, FP32, plan=_plan_to_trace(name))
-    model.set_attn_implementation("eager")  # as in a_graph
-    fusion = gemma_ar_norm.fuse(model)
-    graphs = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(str(graph.graph))
-        return graph.forward
-
-    torch._dynamo.reset()
-    decoder = torch.compile(model.model, backend=backend, fullgraph=True)
-    for shift in (0, 1):
-        ids = me.ids + shift
-        with torch.no_grad():
-            got = decoder(ids, use_cache=False).last_hidden_state
-        checks.assert_bit_equal(got, states_of(model, ids), f"{name}, traced, {shift}")
-    assert len(graphs) == 1, len(graphs)
-    assert graphs[0].count("fused_allreduce_rmsnorm") >= fusion.count(), graphs[0]
-    assert "all_reduce_" not in graphs[0].replace("fused_allreduce", ""), graphs[0]
-
-
-def _plan_to_trace(name: str) -> dict[str, str]:
-    """transformers' plan with head and embedding whole on every rank, and without backward hooks,
-    at which a graph breaks."""
-    plan = models.type_of(name).config_class.base_model_tp_plan
-    return {f"model.{key}": style for key, style in plan.items() if style in ("colwise", "rowwise")}
-
-
-@case
-def refusals(me: Rank, name: str) -> None:
-    """What cannot be fused is refused in words, and nothing is changed."""
-    model = me.load(name)
-    before = logits_of(model, me.ids)
-
-    def refused(text: str, function: Callable[[], Any], error: type = ValueError) -> None:
-        with pytest.raises(error, match=re.escape(text)):
-            function()
-
-    def fuse(**options: Any) -> Any:
-        return gemma_ar_norm.fuse(model, **options)
-
-    stack = stacks_of(model, name)[-1]
-    layer, norm = stack.layers[0], stack.norm
-    refused("fuse() was called with", lambda: gemma_ar_norm.unfuse(model))
-    refused("model: a model of transformers", lambda: gemma_ar_norm.fuse("gemma"), TypeError)
-    reduces = [reduced for site in fuse().sites for reduced in site.reduced]
-    gemma_ar_norm.unfuse(model)
-    alone = dist.new_group([0])
-    if me.rank == 0:
-        refused("group: a process group of the model's own ranks", lambda: fuse(group=alone))
-    with mock.patch.object(type(layer), "forward", _another_layer):
-        refused("the statement `hidden_states = hidden_states * 2`", fuse)
-    with mock.patch.object(type(layer.mlp), "forward", _another_mlp):
-        if hasattr(layer.mlp, "shared_expert"):
-            refused("mlp with another forward", fuse)
-        elif any("mlp" in reduced for reduced in reduces):
-            refused("does not return what its down_proj returns", fuse)
-    with mock.patch.object(type(norm), "forward", lambda self, x: x * self.weight):
-        refused("computes something else", fuse)
-    layer.forward = layer.forward
-    refused("somebody else replaced", fuse)
-    del layer.forward
-    if any("mlp" in reduced for reduced in reduces):
-        layer.mlp.forward = layer.mlp.forward
-        refused("mlp with a forward that somebody else replaced", fuse)
-        del layer.mlp.forward
-    checks.assert_bit_equal(logits_of(model, me.ids), before, "after refusals")
-
-    another = dist.new_group(list(range(me.world)))
-    fuse(group=another)
-    fused = logits_of(model, me.ids)
-    refused("not fused is required", fuse)
-    refused("not fused is required", lambda: gemma_ar_norm.fuse(stack))
-    with torch.enable_grad():
-        refused(
-            "disabled gradients are required",
-            lambda: run.__wrapped__(model, me.ids),
-            RuntimeError,
-        )
-    checks.assert_bit_equal(logits_of(model, me.ids), fused, "after refusals, fused")
-    ours = layer.forward
-    layer.forward = type(layer).forward.__get__(layer)
-    refused("put there since", lambda: gemma_ar_norm.unfuse(model))
-    layer.forward = ours
-    gemma_ar_norm.unfuse(model)
-    checks.assert_bit_equal(logits_of(model, me.ids), before, "after all")
-    dist.destroy_process_group(another)
-
-
-def _another_mlp(self, x):
-    return 2 * self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _another_layer(self, hidden_states, **kwargs):
-    residual = hidden_states
-    hidden_states = hidden_states * 2
-    return residual + hidden_states
 
 
 # -------------------------------------------------------------------------------------------- main

@@ -23,7 +23,7 @@ def test_gemma3_tensor_parallel(tmp_path):
 
     torch.compile is called with the options, and told to leave the model as it is: generating code
     for it took 66 s on two busy cores (22 s from Inductor's cache). The pass on such a model is
-    tested by `through_the_pass` of models_worker.py, and code from it by its `compiled` on GPUs.
+    tested by `through_the_pass` of models_compiled.py, and code from it by its `compiled` on GPUs.
     """
     options = ["--tiny", "--ranks", "2", "--tokens", "8", "--time-limit", "150"]
     environment = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"}

@@ -1,6 +1,6 @@
 """`fuse` on tiny models of transformers, one of each family, on two CPU ranks.
 
-The cases are in models_worker.py. One run has all of them, and each is a test.
+models_worker.py runs the cases. One run has all of them, and each is a test.
 """
 
 from __future__ import annotations

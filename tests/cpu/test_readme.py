@@ -10,11 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models_runs
 import pytest
 import torch
 
 import gemma_ar_norm
-from gemma_ar_norm import _C, plan
+from gemma_ar_norm import _C, launcher, plan
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -79,6 +80,27 @@ def test_the_program_runs_as_it_is_said(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count("16 x 5376 bfloat16 on 2 rank(s): cpu") == 2, done.stdout[-4000:]
+
+
+def test_the_lines_for_models_run(tmp_path):
+    """Those under "Swap it" and "Compile it", on two CPU ranks and tiny models."""
+    models_runs.need_transformers()
+    tests = ROOT / "tests"
+    result = launcher.run(
+        [sys.executable, str(tests / "readme_worker.py"), str(tmp_path)],
+        2,
+        gpus=0,
+        timeout_s=90,
+        env={
+            "PYTHONPATH": f"{tests}:{Path(gemma_ar_norm.__file__).parents[1]}",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            # What comes from the cache is not in the report.
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        },
+        show="nothing",
+    )
+    assert result.exit_code == 0, result.transcript()[-4000:]
+    assert all("all three ran" in output for output in result.outputs)
 
 
 def test_sizes_are_those_of_the_inbox():

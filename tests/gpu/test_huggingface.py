@@ -1,6 +1,6 @@
 """`fuse` on tiny models of transformers, one of each family: eager, in a CUDA graph and compiled.
 
-The cases are in models_worker.py. One run for each number of ranks has all, and each is a test.
+models_worker.py runs the cases. One run for each number of ranks has all, and each is a test.
 """
 
 from __future__ import annotations
