@@ -18,9 +18,7 @@ class _DeviceInfo(TypedDict):
     max_cluster: int
     total_bytes: int
 
-class _Launch(TypedDict):
-    rows: int
-    rule: int  # which of the rules
+class _Shape(TypedDict):
     algorithm: int
     teams: int
     blocks_a_team: int
@@ -28,6 +26,10 @@ class _Launch(TypedDict):
     packs_a_thread: int
     trigger: int
     lead_rows: int
+
+class _Launch(_Shape):
+    rows: int
+    rule: int  # which of the rules
 
 MAX_RANKS: int
 MAX_HIDDEN: int
@@ -46,6 +48,13 @@ def launches(
     algorithm: str = "auto",
     limit: int = ...,  # of launches in the list; 2^64 - 1 unless given
 ) -> list[_Launch]: ...
+def local_launch(
+    rows: int,
+    row_packs: int,
+    multiprocessors: int,
+    max_cluster: int = 8,
+    starts_early: bool = True,
+) -> _Shape: ...
 def unregister(group_name: str) -> None: ...
 def reclaim() -> int: ...
 def set_slow_path_error(text: str) -> None: ...

@@ -157,7 +157,7 @@ TWO_RANKS_BYTES = 7 << 20
 """Up to which size of x one-shot is no slower than two-shot between two GPUs. Both move the same
 there; two-shot is a hop slower, and faster a byte (why was not looked into). Two H200 over NVLink,
 2026-11-28, hidden 2048 to 8192: one-shot is faster up to 5.25 MiB, they are alike at 8 (2 %), and
-two-shot is from 10.5 on (14 %): bench/results/2026-11-28-2xh200/crossovers.txt."""
+two-shot is from 10.5 on (13 %): bench/results/2026-11-28-2xh200/crossovers.txt."""
 
 HOP_S = 1.1e-6
 """What a second hop over NVLink costs, in seconds: an H100's one-way store of 762 ns and a load of

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "binding/slow_path.h"
+#include "host/local_plan.h"
 #include "host/workspace.h"
 
 namespace py = pybind11;
@@ -109,6 +110,17 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("rules"), py::arg("ranks"), py::arg("inbox_bytes"), py::arg("rows"),
       py::arg("row_packs"), py::arg("algorithm") = "auto", py::arg("limit") = UINT64_MAX);
+  m.def(
+      "local_launch",
+      [](uint64_t rows, uint32_t row_packs, uint32_t multiprocessors, uint32_t max_cluster,
+         bool starts_early) {
+        if (rows == 0 || row_packs == 0 || row_packs > kMaxRowPacks || multiprocessors == 0)
+          throw py::value_error("local_launch: a row and a multiprocessor are required");
+        const std::vector<PlanRule> rules = local_rules(multiprocessors, max_cluster, starts_early);
+        return describe(shape_of(choose(rules, rows, row_packs), rows, row_packs));
+      },
+      py::arg("rows"), py::arg("row_packs"), py::arg("multiprocessors"), py::arg("max_cluster") = 8,
+      py::arg("starts_early") = true);
   m.def("unregister", &unregister_workspace, py::arg("group_name"),
         py::call_guard<py::gil_scoped_release>());
   m.def("reclaim", &reclaim_inboxes, py::call_guard<py::gil_scoped_release>());

@@ -18,7 +18,7 @@ GAN_KERNEL local_norm(GAN_KERNEL_PARAMETER LocalNormParams params) {
   auto& segments = block_shared<SegmentSums>();
   const Team team = this_team<kOnePack>(rows);
   RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
-  start_team(team, segments);
+  norm.start();
   grid_dependency_wait(norm.x_address(team.first_row(), 0),
                        norm.residual_address(team.first_row(), 0), norm.weight_address(0));
   if (params.trigger != Trigger::kNever) grid_launch_dependents();

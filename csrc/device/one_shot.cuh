@@ -38,7 +38,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   auto& segments = block_shared<SegmentSums>();
   const Team team = this_team<kOnePack>(rows);
   RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
-  start_team(team, segments);
+  norm.start();
   grid_dependency_wait(norm.x_address(team.first_row(), 0),
                        norm.residual_address(team.first_row(), 0), norm.weight_address(0),
                        own_copy(exchange), exchange.peer[0].poll, exchange.peer[kRanks - 2].poll);

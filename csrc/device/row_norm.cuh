@@ -27,10 +27,13 @@ inline constexpr uint32_t kSegmentPacks = kWarpLanes;
 // (kernel_table.cuh) checks it.
 inline constexpr uint32_t kMaxSegments = kMaxRowPacks / kSegmentPacks + 32;
 
+// So many every thread adds by itself, where it has the registers: faster than by shuffles.
+inline constexpr uint32_t kFewSegments = 16;
+
 // Part of a kernel's shared memory. Two buffers, used in turn: a warp may be one reduction ahead of
 // the others, not two, since each reduction waits for the sums of all warps.
 struct SegmentSums {
-  float sum[2][kMaxSegments];
+  alignas(16) float sum[2][kMaxSegments];
   ByteCounter received[2];  // in clusters of several blocks, what has come of `sum`
 };
 
@@ -53,16 +56,6 @@ struct Team {
 template <bool kOnePack>
 GAN_DEVICE Team this_team(const RowParams& params) {
   return {this_cluster(), kOnePack ? 1 : params.packs_a_thread};
-}
-
-// Before the first row, with all threads.
-GAN_DEVICE void start_team(const Team& team, SegmentSums& sums) {
-  if (team.cluster.blocks == 1) return;
-  if (threadIdx.x == 0) {
-    init_byte_counter(&sums.received[0]);
-    init_byte_counter(&sums.received[1]);
-  }
-  cluster_start();
 }
 
 // ---- packs ----
@@ -129,9 +122,24 @@ GAN_DEVICE Pack normalise(Pack v, float rstd, const Floats<kType>& scale) {
   return round_to_pack<kType>(f);
 }
 
+// What lane 0 of kCount lanes has after an xor-shuffle, of their values.
+template <uint32_t kCount>
+GAN_DEVICE float tree_sum(const float* value) {
+  if constexpr (kCount == 1) {
+    return value[0];
+  } else {
+    float half[kCount / 2];
+#pragma unroll
+    for (uint32_t i = 0; i < kCount / 2; ++i) half[i] = add_rn(value[i], value[i + kCount / 2]);
+    return tree_sum<kCount / 2>(half);
+  }
+}
+
 // The sum of a row's segments: lane l adds segments l, l + 32, ..., and the lanes are added by
-// xor-shuffle.
+// xor-shuffle. Of few it is the same tree in every thread, without the lanes beyond, which have 0.
+template <bool kFewByThread>
 GAN_DEVICE float sum_of_segments(const float (&segment)[kMaxSegments], uint32_t segments) {
+  if (kFewByThread && segments <= kFewSegments) return tree_sum<kFewSegments>(segment);
   float sum = 0.0f;
 #pragma unroll 1
   for (uint32_t s = threadIdx.x % kWarpLanes; s < segments; s += kWarpLanes)
@@ -169,11 +177,27 @@ enum class Form { kAny, kResidual, kSandwich };
 // The epilogue of a row after another. For each row: expect(row, j), expect_weight(j) and
 // accept(row, j, sum) for every pack j of the thread, then finish(row, ...), with all threads of
 // the team.
-template <DType kType, bool kOnePack, Form kForm>
+template <DType kType, bool kOnePack, Form kForm, bool kFewByThread = true>
 class RowNorm {
  public:
   GAN_DEVICE RowNorm(const RowParams& params, const Team& team, SegmentSums& sums)
       : params_(params), team_(team), sums_(sums) {}
+
+  // Before the first row, with all threads.
+  GAN_DEVICE void start() {
+    if (threadIdx.x == 0) {
+      // Whoever waits for a sum waits for this thread, and so for these.
+#pragma unroll 1
+      for (uint32_t s = team_.segments(); kFewByThread && s < kFewSegments; ++s)
+        sums_.sum[0][s] = sums_.sum[1][s] = 0;
+    }
+    if (team_.cluster.blocks == 1) return;
+    if (threadIdx.x == 0) {
+      init_byte_counter(&sums_.received[0]);
+      init_byte_counter(&sums_.received[1]);
+    }
+    cluster_start();
+  }
 
   // Loads what pack j needs besides its sum, so that it is here when the sum is.
   GAN_DEVICE void expect(uint32_t row, uint32_t j) {
@@ -326,7 +350,7 @@ class RowNorm {
       if (threadIdx.x == 0) expect_bytes(&sums_.received[buffer], team_.segments() * sizeof(float));
       wait_for_bytes(&sums_.received[buffer], reductions_ / 2 % 2);
     }
-    const float sum = sum_of_segments(sums_.sum[buffer], team_.segments());
+    const float sum = sum_of_segments<kFewByThread>(sums_.sum[buffer], team_.segments());
     ++reductions_;
     const float mean = divide_by_hidden(sum, params_.hidden, params_.hidden_reciprocal);
     return reciprocal_of_root(add_rn(mean, params_.eps));

@@ -40,16 +40,18 @@ template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
 GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   // Beside the packs of five and more peers there are no registers for it.
   constexpr bool kLoadsAhead = kOnePack && kRanks < 6;
+  // Nor in the kernels for all forms.
+  constexpr bool kFewByThread = kForm != Form::kAny;
   const RowParams& rows = params.row;
   const ExchangeParams& exchange = params.exchange;
   auto& segments = block_shared<SegmentSums>();
   const Team team = this_team<kOnePack>(rows);
-  RowNorm<kType, kOnePack, kForm> norm(rows, team, segments);
+  RowNorm<kType, kOnePack, kForm, kFewByThread> norm(rows, team, segments);
   const TwoShotParams& two_shot = params.two_shot;
   const uint32_t lead = two_shot.lead;
   // Whether an owner has its sum at once, in a register, and no other row's before.
   const bool keeps_here = kOnePack && lead == 0;
-  start_team(team, segments);
+  norm.start();
 
   // Where a pack lies: in which slice, and where in it.
   struct Place {

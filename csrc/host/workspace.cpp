@@ -5,11 +5,13 @@
 #include <list>
 #include <mutex>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 
 #include "host/cuda_status.h"
 #include "host/exchange_setup.h"
 #include "host/launch.h"
+#include "host/local_plan.h"
 
 namespace gan {
 
@@ -83,6 +85,45 @@ struct Registry {
 Registry& registry() {
   static Registry* instance = new Registry;
   return *instance;
+}
+
+// The plans of the local kernels, by device. One does not change but where ranks come to share the
+// device: asking for its properties takes longer than a launch.
+class LocalPlans {
+ public:
+  LaunchShape shape(int device, uint64_t rows, uint32_t row_packs) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto found = rules_.find(device);
+    if (found == rules_.end()) found = rules_.emplace(device, rules_of(device)).first;
+    return shape_of(choose(found->second, rows, row_packs), rows, row_packs);
+  }
+
+  // Ranks of this process run at the same time on the device. Their kernels may leave no places
+  // beside each other for a cluster, and wait for a rank that waits for it.
+  void share(int device) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    shared_.insert(device);
+    rules_.erase(device);
+  }
+
+ private:
+  std::vector<PlanRule> rules_of(int device) const {
+    const DeviceInfo info = device_info(device);
+    DeviceScope scope(device);
+    check_cuda(preload_kernels(1), "kernels: a GPU that this build has code for is required");
+    const bool shared = shared_.count(device) != 0;
+    return local_rules(static_cast<uint32_t>(info.multiprocessors),
+                       shared ? 1 : static_cast<uint32_t>(info.max_cluster), info.major >= 9);
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<int, std::vector<PlanRule>> rules_;
+  std::unordered_set<int> shared_;
+};
+
+LocalPlans& local_plans() {
+  static LocalPlans* plans = new LocalPlans;  // may be asked while the process ends
+  return *plans;
 }
 
 // Host memory that kernels write, zeros.
@@ -227,6 +268,7 @@ void Workspace::connect_local(const std::vector<std::shared_ptr<Workspace>>& ran
     check_cuda(prefer_shared_memory(kernels_of),
                "kernels: a GPU that divides its memory is required");
   }
+  local_plans().share(device_);
   for (const auto& other : ranks) local_inboxes_.push_back(other->inbox_);
   connect(inboxes);
 }
@@ -462,48 +504,11 @@ void Workspace::run(const CallArguments& call, cudaStream_t stream) {
   });
 }
 
-// Of the local kernels: small launches let the next one start early, large ones take whole SMs, as
-// plan.py has it for the others. On half of an H100 (2026-11-24, hidden 4096, us early / whole):
-// 2 rows an SM 2.86 / 3.16, 4 rows 4.76 / 4.37, 16 rows 27.1 / 25.1.
-static std::vector<PlanRule> local_rules(const DeviceInfo& device) {
-  constexpr uint32_t kRowsOfSmall = 3;  // a multiprocessor
-  PlanRule large{};
-  large.max_rows = large.max_row_packs = UINT32_MAX;
-  large.max_packs = UINT64_MAX;
-  large.blocks_a_team = large.lead_rows = 1;
-  large.max_threads = kMaxThreadsAMultiprocessor / 2;
-  large.threads_a_multiprocessor = kMaxThreadsAMultiprocessor;
-  large.trigger = Trigger::kNever;
-  large.multiprocessors = static_cast<uint32_t>(device.multiprocessors);
-  if (device.major < 9) return {large};
-  PlanRule small = large;
-  small.max_rows = kRowsOfSmall * large.multiprocessors;
-  small.threads_a_multiprocessor /= 2;
-  small.trigger = Trigger::kAtStart;
-  return {small, large};
-}
-
 void run_local(int device, const CallArguments& call, cudaStream_t stream) {
-  // A device's properties do not change; asking for them takes longer than a launch.
-  static std::mutex mutex;
-  static std::unordered_map<int, std::vector<PlanRule>> rules_of;
-  const std::vector<PlanRule>* rules;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    auto found = rules_of.find(device);
-    if (found == rules_of.end()) {
-      const DeviceInfo info = device_info(device);
-      DeviceScope scope(device);
-      check_cuda(preload_kernels(1), "kernels: a GPU that this build has code for is required");
-      found = rules_of.emplace(device, local_rules(info)).first;
-    }
-    rules = &found->second;
-  }
   for (uint64_t first = 0, rows = 0; first < call.rows; first += rows) {
     // A row's number and a grid's step from there fit in 32 bits.
     rows = std::min<uint64_t>(call.rows - first, uint64_t{1} << 31);
-    const LaunchShape shape =
-        shape_of(choose(*rules, rows, row_packs_of(call)), rows, row_packs_of(call));
+    const LaunchShape shape = local_plans().shape(device, rows, row_packs_of(call));
     const LocalNormParams params{rows_from(call, first, rows, shape), shape.trigger};
     check_cuda(launch_local_norm(call.dtype, params, shape, stream),
                "launch: a kernel that starts is required");

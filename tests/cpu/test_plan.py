@@ -518,3 +518,51 @@ def test_wrong_rules_are_refused():
     ):
         with pytest.raises(ValueError, match=r"rules: what plan\.make_rules\(\) returns"):
             launches_of_cpp([good[0]._replace(**wrong)], 2, HUGE, 1, 1)
+
+
+# ------------------------------------------------------------------------------ the local kernels
+
+EARLY, WHOLE = plan.Trigger.AT_START, plan.Trigger.NEVER
+
+
+@pytest.mark.parametrize(
+    ("rows", "row_packs", "shape"),
+    [
+        # (blocks a row, threads of each, packs of each thread, when the next kernel starts)
+        (1, 512, (1, 512, 1, EARLY)),
+        (3 * 132, 512, (1, 512, 1, EARLY)),
+        (3 * 132 + 1, 512, (1, 512, 1, WHOLE)),
+        (1, 672, (4, 192, 1, EARLY)),
+        (66, 1024, (4, 256, 1, EARLY)),
+        (67, 1024, (2, 512, 1, EARLY)),
+        (132, 1024, (2, 512, 1, EARLY)),
+        (133, 1024, (2, 512, 1, WHOLE)),
+        (66, 2048, (4, 512, 1, EARLY)),
+        (67, 2048, (4, 512, 1, WHOLE)),
+        (1, 4096, (4, 512, 2, EARLY)),
+    ],
+)
+def test_a_local_row_has_as_many_blocks_as_it_needs(rows, row_packs, shape):
+    got = _C.local_launch(rows, row_packs, 132)
+    names = ("blocks_a_team", "threads", "packs_a_thread", "trigger")
+    assert tuple(got[name] for name in names) == shape
+    assert got["teams"] <= rows
+    blocks = got["teams"] * got["blocks_a_team"]
+    resident = 1024 if got["trigger"] == WHOLE else 512
+    assert blocks * got["threads"] <= max(132 * resident, got["blocks_a_team"] * got["threads"])
+
+
+def test_local_rows_without_clusters():
+    """On older GPUs; beside other ranks of the process; of a small share of a GPU under MPS."""
+    for options in (
+        {"max_cluster": 1},
+        {"multiprocessors": 63},
+        {"max_cluster": 1, "starts_early": False},
+    ):
+        for rows, row_packs in itertools.product((1, 50, 100, 10_000), (512, 1024, 4096)):
+            got = _C.local_launch(rows, row_packs, **{"multiprocessors": 132, **options})
+            assert got["blocks_a_team"] == 1, (options, rows, row_packs)
+            if not options.get("starts_early", True):
+                assert got["trigger"] == WHOLE
+    with pytest.raises(ValueError, match="local_launch: a row and"):
+        _C.local_launch(0, 512, 132)

@@ -408,7 +408,11 @@ BUGS = (
                 "float* own = &sums_.sum[buffer][team_.segment(j)];",
                 "float* own = &sums_.sum[0][team_.segment(j)];",
             ),
-            Edit(ROW_NORM, "sum_of_segments(sums_.sum[buffer],", "sum_of_segments(sums_.sum[0],"),
+            Edit(
+                ROW_NORM,
+                "sum_of_segments<kFewByThread>(sums_.sum[buffer],",
+                "sum_of_segments<kFewByThread>(sums_.sum[0],",
+            ),
         ),
     ),
     bug("wrong phase of the byte counters", ROW_NORM, "reductions_ / 2 % 2);", "reductions_ % 2);"),
@@ -421,6 +425,19 @@ BUGS = (
         "segments - kWarpLanes - s + 2 * (s % kWarpLanes)]);",
         "full",
         "fp32",
+    ),
+    bug(
+        "few segments added in another order",
+        ROW_NORM,
+        "add_rn(value[i], value[i + kCount / 2])",
+        "add_rn(value[2 * i], value[2 * i + 1])",
+        dtype="fp32",
+    ),
+    bug(
+        "few segments, and what lies behind them",
+        ROW_NORM,
+        "kFewByThread && s < kFewSegments; ++s)",
+        "kFewByThread && s < 0; ++s)",
     ),
     bug(
         "packs beyond the row",
