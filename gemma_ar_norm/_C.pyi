@@ -33,6 +33,7 @@ class _Launch(_Shape):
 
 MAX_RANKS: int
 MAX_HIDDEN: int
+MIN_MULTIPROCESSORS_OF_CLUSTERS: int
 
 def build_info() -> _BuildInfo: ...
 def driver_status() -> str: ...

@@ -265,7 +265,7 @@ class _Planner:
             return [], f"{linear}: {why}"
         if not families.returns_output_of(type(mixer).forward, linear):
             raise Unknown(f"{self.prefix}{name} that does not return what its {linear} returns")
-        if tensor_parallel.style_of(mixer) is not None:
+        if tensor_parallel.wrapper_of(mixer) is not None:
             return [], "it is parallelised as a whole"
         self._require_own_forward(name, mixer)
         return [(f"{self.prefix}{name}.{linear}", found)], ""
@@ -276,7 +276,7 @@ class _Planner:
             return [], "something is done between its all-reduce and the residual add"
         if not families.has_body(type(mixer).forward, families.SHARED_EXPERT_BLOCK):
             raise Unknown(f"{self.prefix}{name} with another forward")
-        if tensor_parallel.style_of(mixer) is not None:
+        if tensor_parallel.wrapper_of(mixer) is not None:
             return [], "it is parallelised as a whole"
         self._require_own_forward(name, mixer)
         self._require_own_forward(f"{name}.shared_expert", mixer.shared_expert)

@@ -46,6 +46,12 @@ STEPS = ("transform_inputs_pre_forward", "context_around_forward", "transform_ou
 def style_of(module: Any) -> Style | None:
     """How transformers parallelised this module's forward; None where it did not. The style
     "replicate" (5.24) is none: that class is the base of all, and its steps do nothing."""
+    style = wrapper_of(module)
+    return None if style is None or style.name == "TensorParallelLayer" else style
+
+
+def wrapper_of(module: Any) -> Style | None:
+    """The style in whose steps transformers wrapped this module's forward, of any kind."""
     forward = module.__dict__.get("forward")
     code = getattr(forward, "__code__", None)
     if code is None or forward.__closure__ is None:
@@ -55,8 +61,6 @@ def style_of(module: Any) -> Style | None:
         return None
     style, mesh, original = (held[n].cell_contents for n in ("self", "mesh", "original_forward"))
     if not all(callable(getattr(style, step, None)) for step in STEPS):
-        return None
-    if type(style).__name__ == "TensorParallelLayer":
         return None
     return Style(module, style, mesh, original)
 

@@ -41,7 +41,7 @@ from .plan import MAX_RANKS, PACK_BYTES
 MAX_HIDDEN = 16384
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-MIN_SHARE_OF_CLUSTERS = 64
+MIN_SHARE_OF_CLUSTERS = _C.MIN_MULTIPROCESSORS_OF_CLUSTERS
 """Multiprocessors of a rank, where ranks share a GPU under MPS, from which on rows are split over
 clusters. With 14 of an H200's 132 (8 ranks), and with a third of an H100's (16 clusters of 4
 blocks), kernels of clusters were seen never to start."""

@@ -19,7 +19,7 @@ from models_tools import (
     FP32,
     Rank,
     assert_within,
-    case,
+    case_of,
     logits_of,
     run,
     sharded_embeddings,
@@ -31,36 +31,31 @@ import gemma_ar_norm
 from gemma_ar_norm.fusion import PASS_OPTION
 
 
-@case
+@case_of("gemma3")
 def layers_of_which_one_is_compiled(me: Rank, name: str) -> None:
     """A hook that writes between two layers counts, also where only one of them counts writes."""
-    if name != "gemma3":
-        return
     for which in (0, 1):
         torch._dynamo.reset()
-        models = [me.load(name, plan=_plan_to_trace(name)) for _ in range(2)]
-        for model in models:
+        both = [me.load(name, plan=_plan_to_trace(name)) for _ in range(2)]
+        for model in both:
             layers = stacks_of(model, name)[-1].layers
             layers[0].register_forward_hook(lambda module, args, out: out.copy_(out.roll(1, -1)))
             layers[which].compile(backend="eager")
-        gemma_ar_norm.fuse(models[0])
-        got, want = (logits_of(model, me.ids) for model in models)
+        gemma_ar_norm.fuse(both[0])
+        got, want = (logits_of(model, me.ids) for model in both)
         assert_within(got, want, BOUND[FP32], f"{name}, layer {which} compiled")
 
 
-@case
+@case_of("gemma", "gemma3")  # the two forms; it takes a minute
 def compiled(me: Rank, name: str) -> None:
     """torch.compile of the model that is not fused, with the pass, fuses the same calls."""
-    options = getattr(gemma_ar_norm, "inductor_options", None)
-    if options is None or name not in ("gemma", "gemma3"):  # the two forms; it takes a minute
-        return
     model = me.load(name, BF16, plan=_plan_to_trace(name))
     want = states_of(model, me.ids)
     torch._dynamo.reset()
     # What comes from Inductor's cache is fused, but not in the report.
     torch._inductor.config.force_disable_caches = True
     before = len(gemma_ar_norm.fusion_report())
-    decoder = torch.compile(model.model, options=options())
+    decoder = torch.compile(model.model, options=gemma_ar_norm.inductor_options())
     with torch.no_grad():
         got = decoder(me.ids, use_cache=False).last_hidden_state
     assert_within(got, want, BOUND[BF16], f"{name}, compiled")
@@ -92,13 +87,12 @@ def assert_fused_by_the_pass(
 SCALED = r"no RMSNorm follows; the sum goes to mul(_\d+)?"
 
 
-@case
+# Not step3p7: it loops over the experts that were chosen, at which a graph breaks.
+@case_of(*(name for name in models.TINY if name != "step3p7"))
 def through_the_pass(me: Rank, name: str) -> None:
     """Traced, the model that is not fused goes through Inductor up to and with the pass, which
     finds the same calls. No code is generated: the graph runs as it is, so it takes seconds."""
     tiny = models.TINY[name]
-    if name == "step3p7":  # it loops over the experts that were chosen, at which a graph breaks
-        return
     # The eager experts of the others loop too.
     model = me.load(name, BF16, plan=_plan_without_hooks(name), experts="batched_mm")
     base = model.model if tiny.generates else model
@@ -149,11 +143,9 @@ def _up_to_the_pass(graphs: list[Any]) -> Callable[..., Any]:
     return lambda graph, inputs: compile_fx.compile_fx(graph, inputs, inner_compile=inner)
 
 
-@case
+@case_of("gemma3")  # tracing takes seconds
 def a_fused_model_in_one_graph(me: Rank, name: str) -> None:
     """torch.compile traces a fused model without a break, and its calls are the eager ones."""
-    if name != "gemma3":  # tracing takes seconds
-        return
     model = me.load(name, FP32, plan=_plan_to_trace(name))
     model.set_attn_implementation("eager")  # as in a_graph
     fusion = gemma_ar_norm.fuse(model)

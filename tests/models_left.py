@@ -22,6 +22,7 @@ from models_tools import (
     Rank,
     assert_within,
     case,
+    case_of,
     counted,
     logits_of,
     run,
@@ -33,11 +34,9 @@ import gemma_ar_norm
 from gemma_ar_norm import fuse_plan
 
 
-@case
+@case_of("gemma", "gemma3")
 def what_the_kernels_cannot_do(me: Rank, name: str) -> None:
     """Is left as it was, or refused, by `fuse` and not by the first call."""
-    if name not in ("gemma", "gemma3"):
-        return
     with pytest.raises(ValueError, match=r"it is torch\.float64; bfloat16, float16 and float32"):
         gemma_ar_norm.fuse(me.load(name, torch.float64))
     with (
@@ -78,11 +77,9 @@ def assert_differs(me: Rank, model: Any, ordinary: Any) -> None:
     assert (got - other).abs().max() > 100 * BOUND[FP32] * other.abs().max()
 
 
-@case
+@case_of("gemma")
 def a_bias(me: Rank, name: str) -> None:
     """Comes between the all-reduce and the norm."""
-    if name != "gemma":
-        return
     model = me.load(name, attention_bias=True)
     with torch.no_grad():
         for layer in stacks_of(model, name)[-1].layers:
@@ -93,11 +90,9 @@ def a_bias(me: Rank, name: str) -> None:
     assert_differs(me, model, me.load(name))
 
 
-@case
+@case_of("gemma", "gemma3")
 def another_eps(me: Rank, name: str) -> None:
     """A sandwich has one eps; where a layer's two differ it is left. Else each call has its own."""
-    if name not in ("gemma", "gemma3"):
-        return
     model = me.load(name)
     stacks_of(model, name)[-1].layers[0].post_attention_layernorm.eps = 0.5
     why = "its norms have two eps, 0.5 and 1e-06"
@@ -106,11 +101,9 @@ def another_eps(me: Rank, name: str) -> None:
     assert_differs(me, model, me.load(name))
 
 
-@case
+@case_of("gemma3")
 def a_part_of_the_plan(me: Rank, name: str) -> None:
     """A linear that is whole on every rank has nothing to reduce."""
-    if name != "gemma3":
-        return
     for part, other, linear in (("self_attn", "mlp", "down_proj"), ("mlp", "self_attn", "o_proj")):
         model = me.load(name, plan=models.part_of_plan(name, part))
         why = f"{linear}: {models.UNSHARDED}"
@@ -119,12 +112,10 @@ def a_part_of_the_plan(me: Rank, name: str) -> None:
         assert fusion.collectives == (), fusion.collectives  # not even those that are "replicate"
 
 
-@case
+@case_of("qwen3_5_moe")
 def experts(me: Rank, name: str) -> None:
     """Their block is left where a gate is sharded, and under expert parallelism. In 5.17 that takes
     the place of tensor parallelism, so that no linear reduces; in 5.24 it comes on top."""
-    if name != "qwen3_5_moe":
-        return
 
     def left(why: str) -> dict[str, str]:
         mlps = {f"model.layers.{n}.mlp": why for n in range(models.LAYERS)}

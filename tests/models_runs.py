@@ -11,13 +11,19 @@ import tempfile
 from pathlib import Path
 
 import models
+import models_tools
 import models_worker
 import pytest
 
 from gemma_ar_norm import launcher
 
 HERE = Path(__file__).parent
-CASES = [f"{case}-{name}" for name in models.TINY for case in models_worker.CASES]
+CASES = [
+    f"{case}-{name}"
+    for name in models.TINY
+    for case in models_worker.CASES
+    if name in models_tools.FAMILIES.get(case, models.TINY)
+]
 
 
 def need_transformers() -> None:

@@ -24,12 +24,24 @@ PROMPT = [[5, 9, 77, 31, 2, 64], [11, 3, 8, 100, 41, 7]]
 BOUND = {BF16: 0.03, FP16: 0.004, FP32: 2e-5}
 BOUND_OF_EXPERTS = {BF16: 0.1, FP32: 2e-5}
 
-CASES: dict[str, Callable[[Rank, str], None]] = {}
+Case = Callable[["Rank", str], None]
+CASES: dict[str, Case] = {}
+FAMILIES: dict[str, tuple[str, ...]] = {}  # of the cases that are not for all
 
 
-def case(function: Callable[[Rank, str], None]) -> Callable[[Rank, str], None]:
+def case(function: Case) -> Case:
     CASES[function.__name__] = function
     return function
+
+
+def case_of(*families: str) -> Callable[[Case], Case]:
+    """A case for these families alone: what the others have is like theirs, or takes too long."""
+
+    def add(function: Case) -> Case:
+        FAMILIES[function.__name__] = families
+        return case(function)
+
+    return add
 
 
 class Rank:

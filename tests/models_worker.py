@@ -37,6 +37,7 @@ from models_tools import (
     Rank,
     assert_within,
     case,
+    case_of,
     counted,
     logits_of,
     run,
@@ -145,11 +146,9 @@ def assert_through_the_kernel(me: Rank, name: str, dtype: torch.dtype) -> None:
     assert answer.path in paths, f"{name}: {answer}"
 
 
-@case
+@case_of(*(name for name, tiny in models.TINY.items() if tiny.generates))
 def generation(me: Rank, name: str) -> None:
     """generate() with its cache gives the same tokens; hidden states are where they were."""
-    if not models.TINY[name].generates:
-        return
     model = me.load(name)
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     mask = torch.ones_like(me.ids)
@@ -205,12 +204,10 @@ def weights_and_hooks(me: Rank, name: str) -> None:
             handle.remove()
 
 
-@case
+@case_of("gemma", "gemma3", "qwen3_5_moe")  # the two forms, and experts
 def hooks_within_a_layer(me: Rank, name: str) -> None:
     """Whoever has a hook on what a fused call would hide, or show in part, sees what was before; so
     do global hooks. When it is removed all is fused again."""
-    if name not in ("gemma", "gemma3", "qwen3_5_moe"):  # the two forms, and experts
-        return
     model, other = me.load(name), me.load(name)
     fusion = gemma_ar_norm.fuse(model)
 
@@ -261,11 +258,9 @@ def hooks_within_a_layer(me: Rank, name: str) -> None:
     assert counts["fused"] == fusion.count()
 
 
-@case
+@case_of("gemma", "gemma3", "qwen3_5_moe")
 def autocast(me: Rank, name: str) -> None:
     """Under it all is as before: a linear's dtype is not the residual's."""
-    if name not in ("gemma", "gemma3", "qwen3_5_moe"):
-        return
     model = me.load(name)
     with torch.autocast(me.device.type, dtype=BF16):
         before = logits_of(model, me.ids)
@@ -276,15 +271,14 @@ def autocast(me: Rank, name: str) -> None:
     assert counts["fused"] == sum(site.layer is None for site in fusion.sites)  # an embedding's
 
 
-@case
+@case_of(
+    *(name for name, tiny in models.TINY.items() if tiny.alone and not tiny.is_encoder_decoder)
+)
 def a_graph(me: Rank, name: str) -> None:
     """A decoder in a CUDA graph, where no other collective is left, computes as in eager mode.
 
     On the CPU only that none is left is looked at.
     """
-    tiny = models.TINY[name]
-    if not tiny.alone or tiny.is_encoder_decoder:
-        return
     model = me.load(name, BF16)
     # Its mask is the same in a graph; sdpa has other kernels there than in eager mode.
     model.set_attn_implementation("eager")

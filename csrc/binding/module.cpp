@@ -65,6 +65,7 @@ constexpr int kProtocol = 4;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Host objects of gemma_ar_norm: workspaces, IPC handles, devices.";
   m.attr("MAX_RANKS") = kMaxRanks;
+  m.attr("MIN_MULTIPROCESSORS_OF_CLUSTERS") = kMinMultiprocessorsOfClusters;
   m.attr("MAX_HIDDEN") = kMaxHidden;
 
   m.def("build_info", [] {
@@ -114,8 +115,9 @@ PYBIND11_MODULE(_C, m) {
       "local_launch",
       [](uint64_t rows, uint32_t row_packs, uint32_t multiprocessors, uint32_t max_cluster,
          bool starts_early) {
-        if (rows == 0 || row_packs == 0 || row_packs > kMaxRowPacks || multiprocessors == 0)
-          throw py::value_error("local_launch: a row and a multiprocessor are required");
+        if (rows == 0 || row_packs == 0 || row_packs > kMaxRowPacks || multiprocessors == 0 ||
+            max_cluster == 0)
+          throw py::value_error("local_launch: a row, a multiprocessor and a block are required");
         const std::vector<PlanRule> rules = local_rules(multiprocessors, max_cluster, starts_early);
         return describe(shape_of(choose(rules, rows, row_packs), rows, row_packs));
       },

@@ -27,7 +27,8 @@ inline constexpr uint32_t kSegmentPacks = kWarpLanes;
 // (kernel_table.cuh) checks it.
 inline constexpr uint32_t kMaxSegments = kMaxRowPacks / kSegmentPacks + 32;
 
-// So many every thread adds by itself, where it has the registers: faster than by shuffles.
+// So many every thread adds by itself, which takes less time than shuffles; not in all kernels, for
+// it takes registers (kFewByThread).
 inline constexpr uint32_t kFewSegments = 16;
 
 // Part of a kernel's shared memory. Two buffers, used in turn: a warp may be one reduction ahead of
@@ -185,10 +186,10 @@ class RowNorm {
 
   // Before the first row, with all threads.
   GAN_DEVICE void start() {
-    if (threadIdx.x == 0) {
+    if (kFewByThread && threadIdx.x == 0) {
       // Whoever waits for a sum waits for this thread, and so for these.
 #pragma unroll 1
-      for (uint32_t s = team_.segments(); kFewByThread && s < kFewSegments; ++s)
+      for (uint32_t s = team_.segments(); s < kFewSegments; ++s)
         sums_.sum[0][s] = sums_.sum[1][s] = 0;
     }
     if (team_.cluster.blocks == 1) return;

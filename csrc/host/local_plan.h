@@ -3,10 +3,12 @@
 // large ones take whole SMs. Rows of more packs than a block has threads are shared by a cluster,
 // where there are clusters.
 //
-// Measured on half of an H100, us a call: hidden 4096, early / whole: 2 rows an SM 2.86 / 3.16, 4
-// rows 4.76 / 4.37, 16 rows 27.1 / 25.1 (2026-11-24). One row of hidden 5376, 8192, 16384 by one
-// block 2.66, 2.91, 4.88, by four 1.62, 1.64, 1.97; 256 rows of 8192 by one block 9.05, by two 7.48
-// (2026-11-28): bench/results/2026-11-28-h100/local_norm.txt.
+// Measured on half of an H100, 2026-11-28, bench/results/2026-11-28-h100/local_norm.txt, us a call:
+// early / whole, 2 rows an SM of hidden 2048 2.60 / 3.44, of hidden 4096 3.42 / 3.18; 4 rows 4.15 /
+// 4.42 and 4.71 / 4.44; 16 rows 8.85 / 7.75 and 27.20 / 25.06. (On 2026-11-24 2 rows of hidden 4096
+// took 2.86 / 3.16: of the two the rule takes that one.) One row of hidden 5376, 8192, 16384
+// by one block 2.66, 2.91, 4.88, by four 1.62, 1.64, 1.97; 256 rows of 8192 by one 9.05, by
+// two 7.48.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -35,7 +37,7 @@ inline std::vector<PlanRule> local_rules(uint32_t multiprocessors, uint32_t max_
     rule.max_rows = static_cast<uint32_t>(std::min(rows, kAnyRows));
     rule.max_row_packs = row_packs;
     rule.max_packs = UINT64_MAX;
-    rule.blocks_a_team = std::min({blocks, max_cluster, multiprocessors});
+    rule.blocks_a_team = std::min(blocks, max_cluster);
     rule.max_threads = kBlock;
     rule.threads_a_multiprocessor = kMaxThreadsAMultiprocessor / (early ? 2 : 1);
     rule.trigger = early ? Trigger::kAtStart : Trigger::kNever;

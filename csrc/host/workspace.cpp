@@ -87,8 +87,8 @@ Registry& registry() {
   return *instance;
 }
 
-// The plans of the local kernels, by device. One does not change but where ranks come to share the
-// device: asking for its properties takes longer than a launch.
+// The plans of the local kernels, by device. They are kept, because asking for a device's
+// properties takes longer than a launch.
 class LocalPlans {
  public:
   LaunchShape shape(int device, uint64_t rows, uint32_t row_packs) {
@@ -98,8 +98,9 @@ class LocalPlans {
     return shape_of(choose(found->second, rows, row_packs), rows, row_packs);
   }
 
-  // Ranks of this process run at the same time on the device. Their kernels may leave no places
-  // beside each other for a cluster, and wait for a rank that waits for it.
+  // From now on without clusters, for good: several ranks run at the same time on the device. Where
+  // their kernels leave no places beside each other, a rank's cluster does not start before they
+  // end, and they do not end before that rank comes.
   void share(int device) {
     const std::lock_guard<std::mutex> lock(mutex_);
     shared_.insert(device);
@@ -188,6 +189,8 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
                                 std::to_string(inbox_bytes));
   }
   choose(rules_, 1, 1);  // throws where there are no rules
+  const auto has_clusters = [](const PlanRule& rule) { return rule.blocks_a_team > 1; };
+  if (std::none_of(rules_.begin(), rules_.end(), has_clusters)) local_plans().share(device_);
   layout_ = InboxLayout::of(ranks, inbox_bytes);
   reclaim_inboxes();
   DeviceScope scope(device);

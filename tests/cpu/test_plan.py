@@ -564,5 +564,6 @@ def test_local_rows_without_clusters():
             assert got["blocks_a_team"] == 1, (options, rows, row_packs)
             if not options.get("starts_early", True):
                 assert got["trigger"] == WHOLE
-    with pytest.raises(ValueError, match="local_launch: a row and"):
-        _C.local_launch(0, 512, 132)
+    for wrong in ((0, 512, 132), (1, 0, 132), (1, 4097, 132), (1, 512, 0), (1, 512, 132, 0)):
+        with pytest.raises(ValueError, match="local_launch: a row, "):
+            _C.local_launch(*wrong)

@@ -436,8 +436,8 @@ BUGS = (
     bug(
         "few segments, and what lies behind them",
         ROW_NORM,
-        "kFewByThread && s < kFewSegments; ++s)",
-        "kFewByThread && s < 0; ++s)",
+        "s = team_.segments(); s < kFewSegments; ++s)",
+        "s = team_.segments(); s < 0; ++s)",
     ),
     bug(
         "packs beyond the row",
