@@ -36,7 +36,7 @@ def layers_of_which_one_is_compiled(me: Rank, name: str) -> None:
     """A hook that writes between two layers counts, also where only one of them counts writes."""
     for which in (0, 1):
         torch._dynamo.reset()
-        both = [me.load(name, plan=_plan_to_trace(name)) for _ in range(2)]
+        both = [me.load(name, plan=_plan_without_hooks(name)) for _ in range(2)]
         for model in both:
             layers = stacks_of(model, name)[-1].layers
             layers[0].register_forward_hook(lambda module, args, out: out.copy_(out.roll(1, -1)))
@@ -49,7 +49,7 @@ def layers_of_which_one_is_compiled(me: Rank, name: str) -> None:
 @case_of("gemma", "gemma3")  # the two forms; it takes a minute
 def compiled(me: Rank, name: str) -> None:
     """torch.compile of the model that is not fused, with the pass, fuses the same calls."""
-    model = me.load(name, BF16, plan=_plan_to_trace(name))
+    model = me.load(name, BF16, plan=_plan_without_hooks(name))
     want = states_of(model, me.ids)
     torch._dynamo.reset()
     # What comes from Inductor's cache is fused, but not in the report.
@@ -146,7 +146,7 @@ def _up_to_the_pass(graphs: list[Any]) -> Callable[..., Any]:
 @case_of("gemma3")  # tracing takes seconds
 def a_fused_model_in_one_graph(me: Rank, name: str) -> None:
     """torch.compile traces a fused model without a break, and its calls are the eager ones."""
-    model = me.load(name, FP32, plan=_plan_to_trace(name))
+    model = me.load(name, FP32, plan=_plan_without_hooks(name))
     model.set_attn_implementation("eager")  # as in a_graph
     fusion = gemma_ar_norm.fuse(model)
     graphs = []
@@ -165,10 +165,3 @@ def a_fused_model_in_one_graph(me: Rank, name: str) -> None:
     assert len(graphs) == 1, len(graphs)
     assert graphs[0].count("fused_allreduce_rmsnorm") >= fusion.count(), graphs[0]
     assert "all_reduce_" not in graphs[0].replace("fused_allreduce", ""), graphs[0]
-
-
-def _plan_to_trace(name: str) -> dict[str, str]:
-    """transformers' plan with head and embedding whole on every rank, and without backward hooks,
-    at which a graph breaks. In 5.24 as in _plan_without_hooks."""
-    plan = models.type_of(name).config_class.base_model_tp_plan
-    return {f"model.{key}": style for key, style in plan.items() if style in ("colwise", "rowwise")}

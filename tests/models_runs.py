@@ -22,7 +22,7 @@ CASES = [
     f"{case}-{name}"
     for name in models.TINY
     for case in models_worker.CASES
-    if name in models_tools.FAMILIES.get(case, models.TINY)
+    if name in models_tools.FAMILIES[case]
 ]
 
 

@@ -26,22 +26,20 @@ BOUND_OF_EXPERTS = {BF16: 0.1, FP32: 2e-5}
 
 Case = Callable[["Rank", str], None]
 CASES: dict[str, Case] = {}
-FAMILIES: dict[str, tuple[str, ...]] = {}  # of the cases that are not for all
-
-
-def case(function: Case) -> Case:
-    CASES[function.__name__] = function
-    return function
+FAMILIES: dict[str, tuple[str, ...]] = {}  # of a case
 
 
 def case_of(*families: str) -> Callable[[Case], Case]:
     """A case for these families alone: what the others have is like theirs, or takes too long."""
 
     def add(function: Case) -> Case:
-        FAMILIES[function.__name__] = families
-        return case(function)
+        CASES[function.__name__], FAMILIES[function.__name__] = function, families
+        return function
 
     return add
+
+
+case = case_of(*models.TINY)
 
 
 class Rank:

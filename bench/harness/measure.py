@@ -30,7 +30,7 @@ WARM_UPS = 3
 SLOW_REPLAY_S, SLOW_REPLAYS = 0.05, 3  # ranks that are time-sliced
 EAGER_ROUNDS, EAGER_ROUND_S = 7, 0.1
 SLEEP_CYCLES = 20_000_000  # 10 ms, about: as long as the host may take to queue replays
-REPLAYS_A_SLEEP = (100_000, 8, 1)  # where all take it longer, so many at a time
+FEWER_REPLAYS = (8, 1)  # behind a sleep, where all take longer
 
 COPY_BYTES, COPIES = {"cuda": 256 << 20, "cpu": 16 << 20}, 20
 
@@ -158,7 +158,7 @@ def timed(works: list[Callable[[], None]], start: Start, flush: Flush) -> list[f
         return in_time
 
     # On all ranks alike, for they meet in each replay.
-    for at_a_time in REPLAYS_A_SLEEP:
+    for at_a_time in (len(works), *FEWER_REPLAYS):
         groups = (slice(i, i + at_a_time) for i in range(0, len(works), at_a_time))
         if all(all(gather(queue(group))) for group in groups):
             return [begin.elapsed_time(end) * 1e3 for begin, end in events]

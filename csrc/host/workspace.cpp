@@ -103,8 +103,7 @@ class LocalPlans {
   // end, and they do not end before that rank comes.
   void share(int device) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    shared_.insert(device);
-    rules_.erase(device);
+    if (shared_.insert(device).second) rules_.erase(device);
   }
 
  private:

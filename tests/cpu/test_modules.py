@@ -32,10 +32,12 @@ class GemmaNorm(nn.Module):
         self.eps, self.bias = eps, bias
         self.weight = nn.Parameter(torch.randn(hidden).mul(0.2).to(dtype))
 
-    def forward(self, x):
+    def normed(self, x):
         x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * (self.bias + self.weight.float())).type_as(x)
+        return x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x):
+        return (self.normed(x) * (self.bias + self.weight.float())).type_as(x)
 
 
 class VllmNorm(GemmaNorm):
@@ -58,18 +60,14 @@ class LlamaNorm(GemmaNorm):
     """It rounds before the weight, too."""
 
     def forward(self, x):
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.type_as(x)
+        return self.weight * self.normed(x).type_as(x)
 
 
 class NarrowBiasNorm(GemmaNorm):
     """It adds 1 in bfloat16."""
 
     def forward(self, x):
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.bfloat16()).float()).type_as(x)
+        return (self.normed(x) * (1.0 + self.weight.bfloat16()).float()).type_as(x)
 
 
 class SloppyNorm(GemmaNorm):
