@@ -25,7 +25,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -42,9 +42,12 @@ MAX_HIDDEN = 16384
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
 MIN_SHARE_OF_CLUSTERS = _C.MIN_MULTIPROCESSORS_OF_CLUSTERS
-"""Multiprocessors of a rank, where ranks share a GPU under MPS, from which on rows are split over
+"""Multiprocessors of a rank, perhaps a share of a GPU under MPS, from which on rows are split over
 clusters. With 14 of an H200's 132 (8 ranks), and with a third of an H100's (16 clusters of 4
 blocks), kernels of clusters were seen never to start."""
+MAX_SHARED_CLUSTER = 4
+"""Blocks of a cluster where ranks share a GPU. Larger ones were not tried beside kernels that are
+not ours."""
 
 DEFAULT_HIDDEN_SIZE = 8192
 DEFAULT_MAX_ROWS = 256
@@ -500,9 +503,9 @@ def init(
 
         2 max( (ranks - 1) one_shot_rows row, 2 (ranks - 1) / ranks max_rows row ),
 
-    each slice of a row rounded up to 16 bytes and the whole to 2 MiB, where one_shot_rows, at most
-    max_rows, is the largest call that the plan does by one-shot. It serves any hidden size and
-    dtype, and a call with more rows than fit in it takes several launches.
+    one-shot's row and two-shot's slice of it rounded up to 512 bytes, the whole to 2 MiB, where
+    one_shot_rows, at most max_rows, is the largest call that the plan does by one-shot. It serves
+    any hidden size and dtype, and a call with more rows than fit in it takes several launches.
 
     group: a ProcessGroup of any backend, or None for the default group. Where the ranks have no
         way to each other's memory, and where there is one rank, the result is a Workspace with
@@ -653,13 +656,16 @@ def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
     )
     if shared:
         multiprocessors = max(1, multiprocessors // neighbours)
-    if neighbours > 1 and multiprocessors < MIN_SHARE_OF_CLUSTERS:
-        facts = [replace(fact, max_cluster=1) for fact in facts]
+    max_cluster = min(fact.max_cluster for fact in facts)
+    if multiprocessors < MIN_SHARE_OF_CLUSTERS:
+        max_cluster = 1
+    elif neighbours > 1:
+        max_cluster = min(max_cluster, MAX_SHARED_CLUSTER)
     return plan.make_rules(
         ranks=len(facts),
         multiprocessors=multiprocessors,
         compute_capability=min(fact.compute_capability for fact in facts),
-        max_cluster=min(fact.max_cluster for fact in facts),
+        max_cluster=max_cluster,
         shared_device=shared,
         one_gpu=neighbours == len(facts),
     )
@@ -838,7 +844,7 @@ def local_group(
         ranks=n,
         multiprocessors=max(1, info["multiprocessors"] // n),
         compute_capability=info["compute_capability"],
-        max_cluster=info["max_cluster"],
+        max_cluster=min(info["max_cluster"], MAX_SHARED_CLUSTER),
         shared_device=True,
         one_gpu=True,
     )

@@ -50,7 +50,7 @@ inline std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& p
 struct Options {
   std::vector<uint32_t> ranks{2, 4, 8}, rows{1, 8, 64}, teams{1, 2, 4, 8}, leads{1}, resident{2, 1};
   std::vector<std::string> algorithms{"one_shot", "two_shot"};
-  uint32_t hidden = 4096, threads = 512, trigger = 1, rounds = 1, gpus = 1;
+  uint32_t hidden = 4096, threads = 512, trigger = 2, rounds = 1, gpus = 1;
   std::string form = "residual", rules, json;
   bool only_multiprocessors = false;
 };

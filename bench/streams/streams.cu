@@ -5,7 +5,7 @@
 //
 //   streams [--ranks 2,4,8] [--gpus 1] [--hidden 4096] [--rows 1,8,64]
 //           [--form plain|residual|sandwich] [--algorithms one_shot,two_shot] [--teams 1,2,4,8]
-//           [--leads 1] [--resident 2,1] [--threads 512] [--trigger 0|1|2] [--rounds 1]
+//           [--leads 1] [--resident 2,1] [--threads 512] [--trigger 2] [--rounds 1]
 //           [--rules FILE] [--json FILE] [--sms -]
 //
 // --sms prints the number of multiprocessors and ends. --gpus: rank r is on GPU r % gpus; with a
@@ -14,7 +14,8 @@
 // with its algorithm. Of the floor the fastest of the same shapes. --resident: how many kernels of
 // a rank fit on its SMs at once: with 2 the next one starts early (PDL), with 1 a launch has twice
 // the blocks, and none starts early; "/full" marks those. --rounds: how often all are measured in
-// turn; a line is of the replays of all rounds. --json: all numbers, in the schema of
+// turn; a line is of the replays of all rounds. --trigger: when a kernel lets the next one start
+// (0 never, 1 at its start, 2 after its pushes). --json: all numbers, in the schema of
 // bench/README.md. Outputs of all ways must have the same bits, or the program fails. timing.cuh
 // says how it is timed.
 #include <algorithm>

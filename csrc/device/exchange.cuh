@@ -62,7 +62,7 @@ struct Awaited {
 };
 
 GAN_DEVICE Pack* poll_address(const ExchangeParams& exchange, uint32_t area, uint64_t offset) {
-  return reinterpret_cast<Pack*>(exchange.peer[area].poll + offset);
+  return reinterpret_cast<Pack*>(exchange.poll + offset + area_distance(area));
 }
 
 // The first peer whose pack has not arrived; kRanks: all are here.
@@ -194,7 +194,7 @@ GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pac
 #pragma unroll
   for (uint32_t i = 0; i < kRanks - 1; ++i) {
     // Pairs with the load in load_all of that peer; a sum with that in two_shot's finish_row.
-    store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[i].push + offset), out);
+    store_relaxed_sys(reinterpret_cast<Pack*>(exchange.push[i] + offset), out);
   }
 }
 
@@ -202,8 +202,7 @@ GAN_DEVICE void push_to_all(const ExchangeParams& exchange, uint64_t offset, Pac
 GAN_DEVICE void push_to_one(const ExchangeParams& exchange, uint32_t distance, uint64_t offset,
                             Pack own) {
   // Pairs with the load in load_all of that peer.
-  store_relaxed_sys(reinterpret_cast<Pack*>(exchange.peer[distance - 1].push + offset),
-                    sendable(own));
+  store_relaxed_sys(reinterpret_cast<Pack*>(exchange.push[distance - 1] + offset), sendable(own));
 }
 
 // One pack of every peer, in the order of areas, as far as they have arrived. No load depends on
@@ -219,10 +218,11 @@ GAN_DEVICE void load_all(const ExchangeParams& exchange, uint64_t offset,
 }
 template <uint32_t kRanks>
 GAN_DEVICE bool all_full(const Pack (&from)[kRanks - 1]) {
-  bool all = true;
+  uint32_t largest = largest_word(from[0]);
 #pragma unroll
-  for (uint32_t area = 0; area < kRanks - 1; ++area) all = all & is_full(from[area]);
-  return all;
+  for (uint32_t area = 1; area < kRanks - 1; ++area)
+    largest = larger(largest, largest_word(from[area]));
+  return largest != kEmptyWord;
 }
 
 // What has been read becomes empty again. Pairs with the pushes of call number + 2 into the same
@@ -248,18 +248,22 @@ GAN_DEVICE void keep_first_clear_rest(const ExchangeParams& exchange, uint64_t o
 // which skips this rank.
 template <DType kType, uint32_t kRanks>
 GAN_DEVICE Pack sum_in_rank_order(uint32_t rank, const Pack (&from)[kRanks - 1], Pack own) {
-  const auto pack_of = [&](uint32_t r) {
-    const Pack after = from[r == 0 ? 0 : r - 1], before = from[r == kRanks - 1 ? r - 1 : r];
-    return r == rank ? own : r < rank ? before : after;
-  };
-  Floats<kType> sum = widen<kType>(pack_of(0));
+  if constexpr (kRanks == 2) {
+    return add<kType>(own, from[0]);  // the same bits, in either order
+  } else {
+    const auto pack_of = [&](uint32_t r) {
+      const Pack after = from[r == 0 ? 0 : r - 1], before = from[r == kRanks - 1 ? r - 1 : r];
+      return r == rank ? own : r < rank ? before : after;
+    };
+    Floats<kType> sum = widen<kType>(pack_of(0));
 #pragma unroll
-  for (uint32_t r = 1; r < kRanks; ++r) {
-    const Floats<kType> f = widen<kType>(pack_of(r));
+    for (uint32_t r = 1; r < kRanks; ++r) {
+      const Floats<kType> f = widen<kType>(pack_of(r));
 #pragma unroll
-    for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) sum.at[i] = add_rn(sum.at[i], f.at[i]);
+      for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) sum.at[i] = add_rn(sum.at[i], f.at[i]);
+    }
+    return round_to_pack<kType>(sum);
   }
-  return round_to_pack<kType>(sum);
 }
 
 }  // namespace gan

@@ -65,6 +65,30 @@ GAN_DEVICE uint32_t fp16x2_rn(float2 value) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// a + b of each of the two, rounded once: the bits of an fp32 sum that is rounded, since fp32 has
+// twice their digits and two more (docs/differences.md).
+GAN_DEVICE uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 sum = __hadd2_rn(reinterpret_cast<const __nv_bfloat162&>(a),
+                                        reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+GAN_DEVICE uint32_t add_fp16x2(uint32_t a, uint32_t b) {
+  const __half2 sum =
+      __hadd2_rn(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(sum);
+}
+
+// For the compiler, which would compute a value where it is used: it is computed here.
+GAN_DEVICE float computed(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+template <class T>
+GAN_DEVICE T* computed(T* value) {
+  asm volatile("" : "+l"(value));
+  return value;
+}
+
 // ---- memory ----
 // Ordinary memory, ordered by kernel boundaries: inputs and outputs. Not the read-only path:
 // outputs may alias inputs.

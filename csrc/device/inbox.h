@@ -3,11 +3,12 @@
 //
 //   kHeaderBytes  InboxHeader: error board, farewells, failure claim, copies of the call number,
 //                 what debug mode needs
-//   stage_bytes   stage 0: an area for each peer
+//   stage_bytes   stage 0: an area for each peer, interleaved
 //   stage_bytes   stage 1: the same
 //
-// Call k uses stage k % 2. Area i of a stage takes what one peer pushes. Between calls every word
-// of both stages is kEmptyWord (pack.cuh); the header starts as zeros.
+// Call k uses stage k % 2. Area i of a stage takes what one peer pushes. A strip of each area in
+// turn, so that what a thread reads of all peers lies at fixed distances from one address. Between
+// calls every word of both stages is kEmptyWord (pack.cuh); the header starts as zeros.
 //
 // In an area, one-shot has the peer's rows, one after the other. Two-shot cuts a row into a slice
 // for each rank, and an area has two parts: the peer's rows as far as this rank owns them, a slice
@@ -49,7 +50,11 @@ struct InboxHeader {
 };
 inline constexpr uint64_t kHeaderBytes = 8192;
 static_assert(sizeof(InboxHeader) <= kHeaderBytes);
-inline constexpr uint64_t kAreaAlignment = 256;
+// What a warp's packs fill: 32 packs of an area. In shorter ones the stores of a warp went to
+// several places, and large calls took a tenth longer (docs/performance.md).
+inline constexpr uint32_t kStripBytes = 512;
+inline constexpr uint32_t kStripPacks = kStripBytes / kPackBytes;
+inline constexpr uint64_t kAreaAlignment = kStripBytes;
 // A smaller cudaMalloc shares its 2 MiB page with other allocations, and IPC would export those
 // too.
 inline constexpr uint64_t kAllocationAlignment = uint64_t{2} << 20;
@@ -76,37 +81,56 @@ GAN_HOST_DEVICE uint32_t owner_of_slice(uint32_t slice, uint32_t turn, uint32_t 
   return (slice + turn) % ranks;
 }
 
-// ---- places in an area, in bytes from its beginning ----
+// ---- places in a stage, in bytes from its beginning: those of area 0 ----
 
-GAN_HOST_DEVICE uint64_t one_shot_slot(uint32_t row, uint32_t pack, uint32_t row_packs) {
-  return (uint64_t{row} * row_packs + pack) * kPackBytes;
+GAN_HOST_DEVICE uint32_t strips_of(uint32_t packs) {
+  return (packs + kStripPacks - 1) / kStripPacks;
 }
-// On the way to the owner. `index`: of the pack in its slice.
-GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t slice_packs) {
-  return (uint64_t{row} * slice_packs + index) * kPackBytes;
+// From there to area i.
+GAN_HOST_DEVICE uint64_t area_distance(uint32_t area) { return uint64_t{area} * kStripBytes; }
+// Of pack `index` from the beginning of strip `strip`.
+GAN_HOST_DEVICE uint64_t place_in_strips(uint64_t strip, uint32_t index, uint32_t areas) {
+  return (strip + index / kStripPacks) * areas * kStripBytes + index % kStripPacks * kPackBytes;
+}
+
+GAN_HOST_DEVICE uint64_t one_shot_slot(uint32_t row, uint32_t pack, uint32_t row_packs,
+                                       uint32_t areas) {
+  return place_in_strips(uint64_t{row} * strips_of(row_packs), pack, areas);
+}
+// On the way to the owner. `index`: of the pack in its slice. slice_strips: of the longest.
+GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t slice_strips,
+                                       uint32_t areas) {
+  return place_in_strips(uint64_t{row} * slice_strips, index, areas);
 }
 // Between the two parts of an area, which nobody writes. Without it two ranks of which one calls
-// one_shot and the other two_shot would fill each other's places exactly, and neither would notice.
-inline constexpr uint64_t kTwoShotGapBytes = 128;
+// one_shot and the other two_shot would fill each other's places exactly, where slices are whole
+// strips, and neither would notice.
+inline constexpr uint64_t kTwoShotGapBytes = kStripBytes;
 // From there to the like on the way from the owner. `rows`: of the launch.
-GAN_HOST_DEVICE uint64_t two_shot_hop(uint32_t rows, uint32_t slice_packs) {
-  return uint64_t{rows} * slice_packs * kPackBytes + kTwoShotGapBytes;
+GAN_HOST_DEVICE uint64_t two_shot_hop(uint32_t rows, uint32_t slice_strips, uint32_t areas) {
+  return (uint64_t{rows} * slice_strips * kStripBytes + kTwoShotGapBytes) * areas;
 }
 
 // What of an area a row takes. (Two-shot takes the gap besides.)
-GAN_HOST_DEVICE uint64_t one_shot_row_bytes(uint64_t row_bytes) { return row_bytes; }
+GAN_HOST_DEVICE uint64_t one_shot_row_bytes(uint64_t row_bytes) {
+  return round_up(row_bytes, kStripBytes);
+}
 GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) {
-  return uint64_t{2} * slice_packs(static_cast<uint32_t>(row_bytes / kPackBytes), ranks) *
-         kPackBytes;
+  const uint32_t row_packs = static_cast<uint32_t>(row_bytes / kPackBytes);
+  return uint64_t{2} * strips_of(slice_packs(row_packs, ranks)) * kStripBytes;
 }
 
-// Bytes of a rank's inbox that takes one-shot calls of one_shot_rows and two-shot calls of
-// two_shot_rows: 2 * (ranks - 1) areas and the header.
-GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows,
-                                     uint64_t row_bytes) {
+// Bytes of an area that takes one-shot calls of one_shot_rows and two-shot calls of two_shot_rows.
+GAN_HOST_DEVICE uint64_t bytes_of_area(uint32_t ranks, uint64_t one_shot_rows,
+                                       uint64_t two_shot_rows, uint64_t row_bytes) {
   const uint64_t one_shot = one_shot_rows * one_shot_row_bytes(row_bytes);
   const uint64_t two_shot = two_shot_rows * two_shot_row_bytes(ranks, row_bytes) + kTwoShotGapBytes;
-  const uint64_t area = round_up(one_shot > two_shot ? one_shot : two_shot, kAreaAlignment);
+  return round_up(one_shot > two_shot ? one_shot : two_shot, kAreaAlignment);
+}
+// Of a rank's inbox with such areas: 2 * (ranks - 1) of them and the header.
+GAN_HOST_DEVICE uint64_t inbox_bytes(uint32_t ranks, uint64_t one_shot_rows, uint64_t two_shot_rows,
+                                     uint64_t row_bytes) {
+  const uint64_t area = bytes_of_area(ranks, one_shot_rows, two_shot_rows, row_bytes);
   return round_up(kHeaderBytes + kStages * (ranks - 1) * area, kAllocationAlignment);
 }
 
@@ -137,7 +161,7 @@ struct InboxLayout {
     return (area_bytes - kTwoShotGapBytes) / two_shot_row_bytes(ranks, row_bytes);
   }
   // Of stage 0.
-  uint64_t area_offset(uint32_t area) const { return kHeaderBytes + area_bytes * area; }
+  uint64_t area_offset(uint32_t area) const { return kHeaderBytes + area_distance(area); }
 };
 
 // Who was missing, in which call and row: what a failed call leaves on the error boards and on the

@@ -26,6 +26,7 @@ GAN_KERNEL local_norm(GAN_KERNEL_PARAMETER LocalNormParams params) {
   // Where the thread has one pack of a row, it loads that of the next row while the team waits.
   Pack sum = zero_pack();
   const auto fetch = [&](uint32_t row, uint32_t j) {
+    if (!kOnePack) sum = zero_pack();
     if (row >= rows.rows || !norm.in_row(j)) return;
     sum = norm.load_x(row, j);
     norm.expect(row, j);

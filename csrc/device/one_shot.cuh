@@ -41,7 +41,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   norm.start();
   grid_dependency_wait(norm.x_address(team.first_row(), 0),
                        norm.residual_address(team.first_row(), 0), norm.weight_address(0),
-                       own_copy(exchange), exchange.peer[0].poll, exchange.peer[kRanks - 2].poll);
+                       own_copy(exchange), exchange.poll);
   if (params.trigger == Trigger::kAtStart) grid_launch_dependents();
 
   // What the thread needs for pack j of a row besides the peers' packs.
@@ -61,9 +61,10 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   };
 
   Call call = begin_call(exchange);
-  // Bytes from a rank's area of stage 0 to this thread's pack j of a row.
+  // Bytes from the beginning of an area of stage 0 to this thread's pack j of a row.
   const auto slot = [&](uint32_t row, uint32_t j) {
-    return call.stage_offset(exchange) + one_shot_slot(row, team.pack(j), rows.row_packs);
+    return call.stage_offset(exchange) +
+           one_shot_slot(row, team.pack(j), rows.row_packs, kRanks - 1);
   };
 
   // 1.
@@ -88,7 +89,7 @@ GAN_KERNEL one_shot(GAN_KERNEL_PARAMETER FusedParams params) {
 #pragma unroll 1
   for (uint32_t row = team.first_row(); row < rows.rows; row += team.row_step()) {
     for (uint32_t j = 0; j < team.packs; ++j) {
-      Pack sum = nan_pack();
+      Pack sum = norm.before_sum(j);
       if (!is_here(row)) fetch(row, j);
       const uint64_t offset = slot(row, j);
       if (norm.in_row(j)) {

@@ -22,6 +22,7 @@ struct Element<DType::kBFloat16> {
     out[0] = two.x, out[1] = two.y;
   }
   static GAN_DEVICE uint32_t round_word(const float* in) { return bf16x2_rn({in[0], in[1]}); }
+  static GAN_DEVICE uint32_t add_words(uint32_t a, uint32_t b) { return add_bf16x2(a, b); }
 };
 
 template <>
@@ -32,6 +33,7 @@ struct Element<DType::kFloat16> {
     out[0] = two.x, out[1] = two.y;
   }
   static GAN_DEVICE uint32_t round_word(const float* in) { return fp16x2_rn({in[0], in[1]}); }
+  static GAN_DEVICE uint32_t add_words(uint32_t a, uint32_t b) { return add_fp16x2(a, b); }
 };
 
 template <>
@@ -39,6 +41,9 @@ struct Element<DType::kFloat32> {
   static constexpr uint32_t kPerPack = 4;
   static GAN_DEVICE void widen_word(uint32_t word, float* out) { out[0] = float_of(word); }
   static GAN_DEVICE uint32_t round_word(const float* in) { return bits_of(in[0]); }
+  static GAN_DEVICE uint32_t add_words(uint32_t a, uint32_t b) {
+    return bits_of(add_rn(float_of(a), float_of(b)));
+  }
 };
 
 // The elements of a pack in fp32.
@@ -69,6 +74,14 @@ GAN_DEVICE Pack round_to_pack(const Floats<kType>& f) {
           E::round_word(f.at + 3 * kPerWord)};
 }
 
+// T(a + b).
+template <DType kType>
+GAN_DEVICE Pack add(Pack a, Pack b) {
+  using E = Element<kType>;
+  return {E::add_words(a.x, b.x), E::add_words(a.y, b.y), E::add_words(a.z, b.z),
+          E::add_words(a.w, b.w)};
+}
+
 // ---- the mark of an empty inbox word ----
 
 // A NaN in all three dtypes, and a byte pattern that memset can write.
@@ -83,9 +96,11 @@ GAN_DEVICE Pack nan_pack() { return {kOtherNanWord, kOtherNanWord, kOtherNanWord
 GAN_DEVICE Pack zero_pack() { return {0, 0, 0, 0}; }
 
 // All four words are tested: they arrive in no order.
-GAN_DEVICE bool is_full(Pack p) {
-  return (p.x != kEmptyWord) & (p.y != kEmptyWord) & (p.z != kEmptyWord) & (p.w != kEmptyWord);
-}
+GAN_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
+// The mark is the largest of words. A GPU takes three at a time, in a tree: comparisons would make
+// a chain of predicates.
+GAN_DEVICE uint32_t largest_word(Pack p) { return larger(larger(p.x, p.y), larger(p.z, p.w)); }
+GAN_DEVICE bool is_full(Pack p) { return largest_word(p) != kEmptyWord; }
 GAN_DEVICE uint32_t sendable_word(uint32_t w) { return w == kEmptyWord ? kOtherNanWord : w; }
 GAN_DEVICE Pack sendable(Pack p) {
   return {sendable_word(p.x), sendable_word(p.y), sendable_word(p.z), sendable_word(p.w)};

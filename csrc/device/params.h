@@ -38,14 +38,8 @@ struct RowParams {
   float hidden_reciprocal;  // 1 / hidden, rounded
   float eps;
   float weight_bias;
+  uint32_t zero;          // 0, which the compiler does not know: see held in row_norm.cuh
   uint32_t weights_fp32;  // not 0: weight and post_weight are fp32 although T is not
-};
-
-// Addresses of the exchange with one peer, as mapped in this process, derived by inbox.h. Both are
-// of stage 0.
-struct PeerAreas {
-  uint8_t* push;  // this rank's area in the inbox of rank (rank + 1 + i) % ranks
-  uint8_t* poll;  // area i of this rank's inbox
 };
 
 // Where the exchange takes place. What every call reads comes first and close together: parameters
@@ -55,7 +49,10 @@ struct ExchangeParams {
   uint8_t* inbox;        // this rank's own
   uint64_t stage_bytes;  // from an address in stage 0 to its like in stage 1
   uint32_t rank;
-  PeerAreas peer[kMaxRanks - 1];  // [i], i < ranks - 1
+  // Addresses in stage 0, derived by inbox.h:
+  uint8_t* poll;                 // area 0 of this rank's inbox
+  uint8_t* push[kMaxRanks - 1];  // [i], i < ranks - 1: this rank's area in the inbox of rank
+                                 // (rank + 1 + i) % ranks, as mapped in this process
   // Only where a peer is late:
   uint32_t timeout_ticks;      // how long a call may wait for peers
   uint32_t owner_grace_ticks;  // how much longer for one that may be waiting for another itself
@@ -65,10 +62,9 @@ struct ExchangeParams {
 
 // What two-shot needs besides. The kernel could compute it, but has no registers to keep it in.
 struct TwoShotParams {
-  uint32_t lead;         // by how many rows a team's pushes are ahead of its sums
-  uint32_t slice_packs;  // of the longest slice of a row
+  uint32_t lead;          // by how many rows a team's pushes are ahead of its sums
+  uint32_t slice_strips;  // of the longest slice of a row
   uint64_t hop_bytes;  // from a pack's place on its way to the owner to that on its way from there
-  uint64_t zero;       // 0, which the compiler does not know
 };
 
 // What all ranks must have alike in a call. In debug mode they tell each other, each field as a

@@ -79,16 +79,6 @@ GAN_DEVICE float sum_of_squares(const Floats<kType>& f) {
   return sum;
 }
 
-// T(a + b).
-template <DType kType>
-GAN_DEVICE Pack add(Pack a, Pack b) {
-  Floats<kType> f = widen<kType>(a);
-  const Floats<kType> g = widen<kType>(b);
-#pragma unroll
-  for (uint32_t i = 0; i < Floats<kType>::kCount; ++i) f.at[i] = add_rn(f.at[i], g.at[i]);
-  return round_to_pack<kType>(f);
-}
-
 // The elements of a weight vector that belong to a pack, from fp32 although T is not.
 template <DType kType>
 GAN_DEVICE Floats<kType> load_fp32_weights(const void* weight, uint32_t pack) {
@@ -177,12 +167,18 @@ enum class Form { kAny, kResidual, kSandwich };
 
 // The epilogue of a row after another. For each row: expect(row, j), expect_weight(j) and
 // accept(row, j, sum) for every pack j of the thread, then finish(row, ...), with all threads of
-// the team.
-template <DType kType, bool kOnePack, Form kForm, bool kFewByThread = true>
+// the team. kFewByThread and kAhead (what the end of a row needs is computed before the team waits)
+// take registers.
+template <DType kType, bool kOnePack, Form kForm, bool kFewByThread = true, bool kAhead = true>
 class RowNorm {
  public:
   GAN_DEVICE RowNorm(const RowParams& params, const Team& team, SegmentSums& sums)
-      : params_(params), team_(team), sums_(sums) {}
+      : params_(params),
+        team_(team),
+        sums_(sums),
+        hidden_(held(params.hidden)),
+        hidden_reciprocal_(held(params.hidden_reciprocal)),
+        eps_(held(params.eps)) {}
 
   // Before the first row, with all threads.
   GAN_DEVICE void start() {
@@ -209,9 +205,11 @@ class RowNorm {
     if (kOnePack) weight_ = load_weight(is_sandwich() ? params_.post_weight : params_.weight, j);
   }
 
-  // Takes the sum of pack j; `a` does not matter where the pack is beyond the row.
+  // What a sum is until it is known: NaN; zero where the pack is beyond the row.
+  GAN_DEVICE Pack before_sum(uint32_t j) const { return in_row(j) ? nan_pack() : zero_pack(); }
+
+  // Takes the sum of pack j, zero where the pack is beyond the row.
   GAN_DEVICE void accept(uint32_t row, uint32_t j, Pack a) {
-    if (!in_row(j)) a = zero_pack();
     if (GAN_UNLIKELY(is_sandwich())) {
       add_squares(j, a);
     } else {
@@ -239,13 +237,16 @@ class RowNorm {
         packs_.set(j, enter_residual(row, j, p));
       }
     }
+    Pack* norm_out = pack_address(params_.norm_out, row, 0);
+    if (kAhead && kOnePack) norm_out = computed(norm_out);
     const float rstd = reduce(prepare_next);
     for (uint32_t j = 0; j < team_.packs; ++j) {
-      if (!kOnePack) weight_ = load_weight(params_.weight, j);
-      if (in_row(j)) {
-        const Floats<kType> weight_scale = scale(j, params_.weight);
-        store_pack(params_.norm_out, row, j, normalise<kType>(packs_.get(j), rstd, weight_scale));
+      if (!kOnePack) {
+        weight_ = load_weight(params_.weight, j);
+        norm_out = pack_address(params_.norm_out, row, j);
       }
+      const Pack out = normalise<kType>(packs_.get(j), rstd, scale(j, params_.weight));
+      if (in_row(j)) store(norm_out, out);
     }
     return is_nan(rstd);
   }
@@ -297,8 +298,11 @@ class RowNorm {
   GAN_DEVICE const Pack* weight_address(const void* weight, uint32_t j) const {
     return static_cast<const Pack*>(weight) + team_.pack(j);
   }
+  GAN_DEVICE Pack* pack_address(void* rows, uint32_t row, uint32_t j) const {
+    return static_cast<Pack*>(rows) + index(row, j);
+  }
   GAN_DEVICE void store_pack(void* rows, uint32_t row, uint32_t j, Pack pack) {
-    store(static_cast<Pack*>(rows) + index(row, j), pack);
+    store(pack_address(rows, row, j), pack);
   }
   // Of T. Where weights are fp32, scale loads them: held ahead they would take twice the
   // registers.
@@ -309,6 +313,7 @@ class RowNorm {
   // bias + weight of pack j. `weight` is what weight_ has been loaded from.
   GAN_DEVICE Floats<kType> scale(uint32_t j, const void* weight) const {
     if (GAN_UNLIKELY(has_fp32_weights())) {
+      if (!in_row(j)) return {};
       return scale_of<kType>(params_.weight_bias, load_fp32_weights<kType>(weight, team_.pack(j)));
     }
     if (kOnePack) return scale_;
@@ -317,7 +322,8 @@ class RowNorm {
 
   // h, which is residual_out, and its squares. The residual is what expect loaded.
   GAN_DEVICE Pack enter_residual(uint32_t row, uint32_t j, Pack a) {
-    if (in_row(j) && !GAN_UNLIKELY(!has_residual())) a = add<kType>(residual_, a);
+    // The residual of an only pack beyond the row is zero, as the sum is.
+    if ((kOnePack || in_row(j)) && !GAN_UNLIKELY(!has_residual())) a = add<kType>(residual_, a);
     add_squares(j, a);
     // After the team has been given the squares, which it waits for.
     if (in_row(j)) store_pack(params_.residual_out, row, j, a);
@@ -343,6 +349,10 @@ class RowNorm {
   template <class Meanwhile>
   GAN_DEVICE float reduce(Meanwhile meanwhile) {
     if (kOnePack) scale_ = scale_of<kType>(params_.weight_bias, widen<kType>(weight_));
+    if (kOnePack && kAhead) {
+#pragma unroll
+      for (float& at : scale_.at) at = computed(at);
+    }
     meanwhile();
     const uint32_t buffer = reductions_ % 2;
     if (team_.cluster.blocks == 1) {
@@ -353,15 +363,22 @@ class RowNorm {
     }
     const float sum = sum_of_segments<kFewByThread>(sums_.sum[buffer], team_.segments());
     ++reductions_;
-    const float mean = divide_by_hidden(sum, params_.hidden, params_.hidden_reciprocal);
-    return reciprocal_of_root(add_rn(mean, params_.eps));
+    return rstd_of(sum, hidden_, hidden_reciprocal_, eps_);
+  }
+
+  // A parameter, in a register from here on. The compiler would read it where it is used, from a
+  // cache that takes longer than what is done with it; xor-ed with what it does not know, it does
+  // not.
+  GAN_DEVICE float held(float parameter) const {
+    return computed(float_of(bits_of(parameter) ^ params_.zero));
   }
 
   const RowParams& params_;
   const Team& team_;
   SegmentSums& sums_;
+  const float hidden_, hidden_reciprocal_, eps_;
   uint32_t reductions_ = 0;  // so far
-  Pack residual_;
+  Pack residual_ = zero_pack();
   // Of the only pack: the weight, of T, loaded ahead of the reduction that it waits for, and
   // bias + weight.
   Pack weight_ = zero_pack();

@@ -1,25 +1,26 @@
-// 1 / sqrt(sum / hidden + eps) of the contract: three operations, each correctly rounded, in fewer
-// steps than the compiler's. tests/cpu/exact_arithmetic checks both functions on the CPU, the
-// second for every mantissa.
+// 1 / sqrt(sum / hidden + eps) of the contract: four operations, each correctly rounded, in fewer
+// steps than the compiler's, and one branch for all that they do not do. tests/cpu/exact_arithmetic
+// checks them on the CPU, the root for every mantissa.
 #pragma once
 #include "gpu.cuh"
 #include "params.h"
 
 namespace gan {
 
-// sum / hidden. hidden_reciprocal is 1 / hidden correctly rounded, so one step of Newton's on the
-// quotient gives the right one (Markstein, Computation of elementary functions on the IBM RISC
-// System/6000 processor, IBM J. Res. Dev. 34, 1990), where nothing over- or underflows on the way.
+// sum / hidden, where nothing over- or underflows on the way. hidden_reciprocal is 1 / hidden
+// correctly rounded, so one step of Newton's on the quotient gives the right one (Markstein,
+// Computation of elementary functions on the IBM RISC System/6000 processor, IBM J. Res. Dev. 34,
+// 1990).
 GAN_DEVICE float divide_by_hidden(float sum, float hidden, float hidden_reciprocal) {
-  if (GAN_UNLIKELY(!(sum > 0x1p-60f && sum < 0x1p100f))) return div_rn(sum, hidden);
   const float quotient = mul_rn(sum, hidden_reciprocal);
   const float remainder = fma_rn(-hidden, quotient, sum);
   return fma_rn(remainder, hidden_reciprocal, quotient);
 }
 
-// 1 / sqrt(v), root and reciprocal each correctly rounded: one approximation serves both. Whatever
-// its last three bits are, the steps end at the same result.
-GAN_DEVICE float reciprocal_of_root(float v) {
+// Root and reciprocal are each correctly rounded: one approximation serves both. Whatever its last
+// three bits are, the steps end at the same result.
+GAN_DEVICE float rstd_of(float sum, float hidden, float hidden_reciprocal, float eps) {
+  const float v = add_rn(divide_by_hidden(sum, hidden, hidden_reciprocal), eps);
   const float rough = rsqrt_approximately(v);
   // Newton's step on the reciprocal root, then one on the root by its exact remainder.
   const float y = fma_rn(rough, fma_rn(mul_rn(-0.5f, rough), mul_rn(v, rough), 0.5f), rough);
@@ -29,8 +30,9 @@ GAN_DEVICE float reciprocal_of_root(float v) {
   const float near_rstd = fma_rn(fma_rn(-root, y, 1.0f), y, y);
   const float rstd = fma_rn(fma_rn(-root, near_rstd, 1.0f), near_rstd, near_rstd);
   constexpr uint32_t kMantissa = 0x7fffff;
-  const bool in_range = v > 0x1p-100f && v < 0x1p100f && (bits_of(root) & kMantissa) != kMantissa;
-  if (GAN_UNLIKELY(!in_range)) return reciprocal_rn(sqrt_rn(v));
+  const bool in_range = (sum > 0x1p-60f) & (sum < 0x1p100f) & (v > 0x1p-100f) & (v < 0x1p100f) &
+                        ((bits_of(root) & kMantissa) != kMantissa);
+  if (GAN_UNLIKELY(!in_range)) return reciprocal_rn(sqrt_rn(add_rn(div_rn(sum, hidden), eps)));
   return rstd;
 }
 

@@ -40,13 +40,14 @@ template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
 GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   // Beside the packs of five and more peers there are no registers for it.
   constexpr bool kLoadsAhead = kOnePack && kRanks < 6;
-  // Nor in the kernels for all forms.
-  constexpr bool kFewByThread = kForm != Form::kAny;
+  // Nor everywhere for these.
+  constexpr bool kFewByThread = kForm == Form::kResidual;
+  constexpr bool kAhead = kRanks < kMaxRanks - 1;
   const RowParams& rows = params.row;
   const ExchangeParams& exchange = params.exchange;
   auto& segments = block_shared<SegmentSums>();
   const Team team = this_team<kOnePack>(rows);
-  RowNorm<kType, kOnePack, kForm, kFewByThread> norm(rows, team, segments);
+  RowNorm<kType, kOnePack, kForm, kFewByThread, kAhead> norm(rows, team, segments);
   const TwoShotParams& two_shot = params.two_shot;
   const uint32_t lead = two_shot.lead;
   // Whether an owner has its sum at once, in a register, and no other row's before.
@@ -69,11 +70,10 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
     return owner_of_slice(place.slice, team.first_row() + i, kRanks);
   };
 
-  grid_dependency_wait(norm.x_address(team.first_row(), 0), own_copy(exchange),
-                       exchange.peer[0].push,
+  grid_dependency_wait(norm.x_address(team.first_row(), 0), own_copy(exchange), exchange.push[0],
                        kLoadsAhead ? norm.residual_address(team.first_row(), 0) : nullptr,
                        kLoadsAhead ? norm.weight_address(0) : nullptr,
-                       kLoadsAhead ? exchange.peer[0].poll : nullptr);
+                       kLoadsAhead ? exchange.poll : nullptr);
   if (params.trigger == Trigger::kAtStart) grid_launch_dependents();
 
   // Where the thread has one pack, it loads that of the next row to be pushed ahead of time, and of
@@ -86,10 +86,10 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   if (kLoadsAhead) norm.expect(team.first_row(), 0);
 
   Call call = begin_call(exchange);
-  // Bytes from a rank's area of stage 0 to a pack's place on its way to the owner.
+  // Bytes from the beginning of an area of stage 0 to a pack's place on its way to the owner.
   const auto slot = [&](uint32_t i, const Place& place) {
     return call.stage_offset(exchange) +
-           two_shot_slot(row_at(i), place.index, two_shot.slice_packs);
+           two_shot_slot(row_at(i), place.index, two_shot.slice_strips, kRanks - 1);
   };
 
   // 1.
@@ -114,23 +114,20 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
       const Place place = place_of(j);
       if (!norm.in_row(j) || owner_of(place, i) != exchange.rank) continue;
       const uint64_t offset = slot(i, place);
-      // zero is 0, which the compiler does not know: so it computes the peers' addresses anew where
-      // they are used, rather than keep all of them in registers.
       Pack from[kRanks - 1];
       for (uint32_t polls = 1; !call.broken; ++polls) {
-        load_all<kRanks>(exchange, offset + polls * two_shot.zero, from);
+        load_all<kRanks>(exchange, offset, from);
         if (all_full<kRanks>(from)) break;
         call.broken = wait.is_over<kRanks>(exchange, polls, call.number, row_at(i),
                                            {offset, 0, kRanks - 1, 0});
       }
       if (call.broken) continue;
       order_calls(row_at(i), team.pack(j));
-      const uint64_t again = offset + two_shot.zero;
       const Pack own = norm.load_x(row_at(i), j);  // a second time: it is in the L1
       const Pack sum = sum_in_rank_order<kType, kRanks>(exchange.rank, from, own);
-      push_to_all<kRanks>(exchange, again + two_shot.hop_bytes, sum);
+      push_to_all<kRanks>(exchange, offset + two_shot.hop_bytes, sum);
       kept = sum;
-      keep_first_clear_rest<kRanks>(exchange, again, keeps_here ? empty_pack() : sendable(sum));
+      keep_first_clear_rest<kRanks>(exchange, offset, keeps_here ? empty_pack() : sendable(sum));
     }
   };
 
@@ -138,13 +135,13 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   const auto finish_row = [&](uint32_t i, const Pack& kept) {
     const uint32_t row = row_at(i);
     for (uint32_t j = 0; j < team.packs; ++j) {
-      Pack sum = nan_pack();
+      Pack sum = norm.before_sum(j);
       if (!kLoadsAhead) norm.expect(row, j);
       norm.expect_weight(j);
       const Place place = place_of(j);
       const uint32_t owner = owner_of(place, i);
       const bool is_own = owner == exchange.rank;
-      const bool is_here = keeps_here && is_own;
+      const bool is_here = keeps_here && is_own && norm.in_row(j);
       const uint32_t area = is_own ? 0 : area_of_source(owner, exchange.rank);
       const uint64_t offset = slot(i, place) + (is_own ? 0 : two_shot.hop_bytes);
       if (is_here) {

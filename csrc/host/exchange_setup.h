@@ -27,9 +27,9 @@ inline uint32_t owner_grace_of(uint32_t timeout_ticks) {
 // ahead.
 inline TwoShotParams two_shot_params(uint32_t ranks, uint32_t rows, uint32_t row_packs,
                                      uint32_t teams, uint32_t lead_rows) {
-  const uint32_t packs = slice_packs(row_packs, ranks);
+  const uint32_t strips = strips_of(slice_packs(row_packs, ranks));
   const uint32_t later_rows = (rows - 1) / teams;  // of a team, at most
-  return {std::min(lead_rows, later_rows), packs, two_shot_hop(rows, packs), 0};
+  return {std::min(lead_rows, later_rows), strips, two_shot_hop(rows, strips, ranks - 1)};
 }
 
 // `inboxes`: by rank, as mapped in this process, the own one among them.
@@ -40,11 +40,11 @@ inline ExchangeParams exchange_params(const InboxLayout& layout, uint32_t rank,
   exchange.inbox = inboxes[rank];
   exchange.stage_bytes = layout.stage_bytes;
   exchange.rank = rank;
+  exchange.poll = inboxes[rank] + layout.area_offset(0);
   for (uint32_t i = 0; i < layout.ranks - 1; ++i) {
     // Each rank begins its pushes with the next one, so that they do not all go to the same.
     const uint32_t peer = (rank + 1 + i) % layout.ranks;
-    exchange.peer[i].push = inboxes[peer] + layout.area_offset(area_of_source(rank, peer));
-    exchange.peer[i].poll = inboxes[rank] + layout.area_offset(i);
+    exchange.push[i] = inboxes[peer] + layout.area_offset(area_of_source(rank, peer));
   }
   exchange.timeout_ticks = timeout_ticks;
   exchange.owner_grace_ticks = owner_grace_of(timeout_ticks);

@@ -231,14 +231,14 @@ def test_explain_on_a_gpu(monkeypatch):
     monkeypatch.setitem(workspace._records, me.name, fused)
     row_packs, most = 5376 * 2 // 16, plan.crossover_bytes(4, 9) // (5376 * 2)
     assert 0 < most < 64
-    # 4 MiB: 64 rows by one-shot, twice as many by two-shot.
+    # 4 MiB: 64 rows by one-shot, 113 by two-shot, whose slices are rounded up.
     for rows, options, path, launches in (
         (most, {}, "one_shot", 1),
         (most + 1, {}, "two_shot", 1),
         (64, {"algorithm": "one_shot"}, "one_shot", 1),
         (65, {"algorithm": "one_shot"}, "one_shot", 2),
         (1, {"algorithm": "two_shot"}, "two_shot", 1),
-        (128, {}, "two_shot", 1),
+        (113, {}, "two_shot", 1),
         (300, {}, "two_shot", 3),
     ):
         said = explain(rows, group=rank, **options)

@@ -333,7 +333,7 @@ def test_nothing_is_read_or_written_before_the_earlier_kernels_have_ended(kernel
         assert [u for u in used if "global" in u], name
 
 
-# In rstd.cuh: divide_by_hidden has two, reciprocal_of_root eight and the one rsqrt.approx.
+# In rstd.cuh: divide_by_hidden has two, rstd_of eight more and the one rsqrt.approx.
 FMAS_AN_RSTD = 10
 ARITHMETIC = re.compile(
     r"(add|sub|mul|mad|fma|div|sqrt|rsqrt|rcp|neg|abs|min|max|sin|cos|lg2|ex2|tanh|cvt)\..*"
@@ -343,6 +343,8 @@ ALLOWED = re.compile(
     # Each rounded once, as written: the assembler leaves those with .rn as they are. Without it,
     # it may contract a product and a sum.
     r"(add|mul|fma|div|sqrt|rcp)\.rn\.f32|rsqrt\.approx\.ftz\.f32|neg\.f32"
+    # T(a + b) of two at once.
+    r"|add\.rn\.b?f16x2"
     # To T and back.
     r"|cvt\.rn\.(b?f16x2|b?f16)\.f32|cvt\.f32\.b?f16"
 )

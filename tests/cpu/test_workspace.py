@@ -238,13 +238,13 @@ def test_a_local_rank_cannot_be_initialised():
         gemma_ar_norm.init(Rank())
 
 
-EARLY, NEVER = plan.Trigger.AT_START, plan.Trigger.NEVER
+EARLY, NEVER = plan.Trigger.AFTER_PUSH, plan.Trigger.NEVER
 
 
 @pytest.mark.parametrize(
     ("uuids", "percentages", "expected"),
     [
-        (("a", "b"), (100, 100), (132, 4, EARLY, False)),  # a GPU each
+        (("a", "b"), (100, 100), (132, 8, EARLY, False)),  # a GPU each
         (("a", "a"), (50, 50), (132, 4, EARLY, True)),  # parts of one, by MPS
         (("a", "a"), (100, 100), (66, 4, NEVER, True)),  # MPS without parts, or time slices
         (("a", "a", "b"), (60, 50, 100), (66, 4, NEVER, False)),
@@ -261,6 +261,14 @@ def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
     early = max(rule.trigger for rule in rules)
     over_links = any("one-shot up to" in rule.evidence for rule in rules)
     assert (rules[0].multiprocessors, most_blocks, early, not over_links) == expected
+
+
+def test_ranks_with_few_multiprocessors_have_no_clusters():
+    """Also where each has a GPU of its own: MPS may give it to others too."""
+    for multiprocessors, most_blocks in ((63, 1), (64, 8)):
+        facts = [replace(RANKS[0], uuid=uuid, multiprocessors=multiprocessors) for uuid in "ab"]
+        rules = workspace._rules(facts)
+        assert max(rule.blocks_a_team for rule in rules) == most_blocks
 
 
 LESS = {

@@ -20,6 +20,11 @@ inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float reciprocal_rn(float a) { return 1.0f / a; }
 inline float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline bool is_nan(float a) { return a != a; }
+inline float computed(float value) { return value; }
+template <class T>
+T* computed(T* value) {
+  return value;
+}
 
 inline uint32_t bits_of(float a) {
   uint32_t bits;
@@ -106,6 +111,14 @@ inline float2 floats_of_fp16x2(uint32_t word) {
 }
 inline uint32_t fp16x2_rn(float2 value) {
   return emulator::fp16_rn(value.x) | emulator::fp16_rn(value.y) << 16;
+}
+inline uint32_t add_bf16x2(uint32_t a, uint32_t b) {
+  const float2 f = floats_of_bf16x2(a), g = floats_of_bf16x2(b);
+  return bf16x2_rn({f.x + g.x, f.y + g.y});
+}
+inline uint32_t add_fp16x2(uint32_t a, uint32_t b) {
+  const float2 f = floats_of_fp16x2(a), g = floats_of_fp16x2(b);
+  return fp16x2_rn({f.x + g.x, f.y + g.y});
 }
 
 }  // namespace gan

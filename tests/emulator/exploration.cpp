@@ -76,7 +76,7 @@ Case case_of(const Exploration& exploration, DType dtype) {
     c.buffers.push_back({bytes, false});
     c.calls.push_back(call);
   }
-  c.area_bytes = round_up(2 * bytes + kTwoShotGapBytes, kAreaAlignment);
+  c.area_bytes = bytes_of_area(c.ranks, kMostRows, kMostRows, kPackBytes);
   return c;
 }
 

@@ -177,23 +177,23 @@ size_t FaultRun::first_failed(uint32_t rank) const {
   return exchanges_.size();
 }
 
-// Where in its area a pack of a row is that `source` sends `reader`, or its sum; none where it
-// sends neither.
+// How far from the first place of its area a pack of a row is that `source` sends `reader`, or its
+// sum; none where it sends neither.
 static std::optional<uint64_t> place_in_area(const Exchange& exchange, uint32_t ranks,
                                              uint32_t source, uint32_t reader, uint32_t row,
                                              uint32_t pack) {
   const uint32_t row_packs = exchange.call->row_packs;
   if (exchange.launch.shape.algorithm == Algorithm::kOneShot)
-    return one_shot_slot(row, pack, row_packs);
+    return one_shot_slot(row, pack, row_packs, ranks - 1);
   const uint32_t slice = slice_of_pack(pack, row_packs, ranks);
   const uint32_t teams = exchange.launch.shape.teams;
   const uint32_t owner = owner_of_slice(slice, row % teams + row / teams, ranks);
-  const uint32_t longest = slice_packs(row_packs, ranks);
+  const uint32_t longest = strips_of(slice_packs(row_packs, ranks));
   const uint64_t slot =
-      two_shot_slot(row, pack - first_pack_of_slice(slice, row_packs, ranks), longest);
+      two_shot_slot(row, pack - first_pack_of_slice(slice, row_packs, ranks), longest, ranks - 1);
   if (owner == reader) return slot;
   if (owner == source)
-    return slot + two_shot_hop(static_cast<uint32_t>(exchange.launch.rows), longest);
+    return slot + two_shot_hop(static_cast<uint32_t>(exchange.launch.rows), longest, ranks - 1);
   return std::nullopt;
 }
 

@@ -208,10 +208,11 @@ std::string Harness::wrong_inbox(uint32_t rank) const {
   const uint8_t* full = std::find_if(begin, end, [](uint8_t byte) { return byte != kEmptyByte; });
   if (full == end) return "";
   const auto offset = static_cast<uint64_t>(full - begin);
-  const auto area = static_cast<uint32_t>(offset % layout_.stage_bytes / layout_.area_bytes);
+  const auto area = static_cast<uint32_t>(offset / kStripBytes % (layout_.ranks - 1));
   std::ostringstream text;
-  text << of_rank(rank) << "inbox: not empty at byte " << offset % layout_.area_bytes << " of rank "
-       << source_of_area(area, rank) << "'s area of stage " << offset / layout_.stage_bytes;
+  text << of_rank(rank) << "inbox: not empty at byte " << offset % layout_.stage_bytes
+       << " of stage " << offset / layout_.stage_bytes << ", in rank " << source_of_area(area, rank)
+       << "'s area";
   return text.str();
 }
 

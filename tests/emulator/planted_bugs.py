@@ -50,11 +50,13 @@ SECOND_FENCE = "        order_calls(row, team.pack(j));\n"
 AFTER_PUSHES = "  } else {\n    join_failure();\n"
 # Of two_shot.
 CLEAR_SUM = "if (norm.in_row(j) && !is_here && !call.broken) clear_one(exchange, area, offset);"
-KEEP = "keep_first_clear_rest<kRanks>(exchange, again, keeps_here ? empty_pack() : sendable(sum));"
+KEEP = "keep_first_clear_rest<kRanks>(exchange, offset, keeps_here ? empty_pack() : sendable(sum));"
+HOP = "hop_bytes = two_shot_hop({}, two_shot.slice_strips, kRanks - 1)"
+CLEAR_ALL = "clear_all<kRanks>(exchange, offset);"
 ADVANCE_IDLE = "  advance_idle_copies(exchange, call);\n"
 ADVANCE_OWN = "  advance_own_copy(exchange, call);  // 4.\n"
 FENCE = "      order_calls(row_at(i), team.pack(j));\n"
-TO_ONE = "exchange.peer[distance - 1].push + offset),\n                    sendable(own));"
+TO_ONE = "exchange.push[distance - 1] + offset), sendable(own));"
 SENT = "sendable(own)", "own"
 # Of both.
 WAIT = "  grid_dependency_wait(norm.x_address(team.first_row(), 0),"
@@ -101,11 +103,10 @@ BUGS = (
     bug(
         "one word of the pack tested",
         PACK,
-        "return (p.x != kEmptyWord) & (p.y != kEmptyWord) & "
-        "(p.z != kEmptyWord) & (p.w != kEmptyWord);",
-        "return p.w != kEmptyWord;",
+        "return larger(larger(p.x, p.y), larger(p.z, p.w));",
+        "return p.w;",
     ),
-    bug("three words of the pack tested", PACK, " & (p.z != kEmptyWord) &", " &"),
+    bug("three words of the pack tested", PACK, "larger(p.z, p.w));", "p.w);"),
     bug("the empty word is sent", PACK, "w == kEmptyWord ? kOtherNanWord : w", "w"),
     bug(
         "the empty word is sent as a number",
@@ -209,6 +210,12 @@ BUGS = (
         "(kOnePack ? team.row_step() : 0); row < rows.rows;",
         "(kOnePack ? rows.rows : 0); row < rows.rows;",
     ),
+    bug(
+        "areas overlap",
+        INBOX,
+        "index / kStripPacks) * areas * kStripBytes",
+        "index / kStripPacks) * (areas == 1 ? 1 : areas - 1) * kStripBytes",
+    ),
     # ---- two-shot: who owns what ----
     bug(
         "two-shot: packs are pushed to the owner's neighbour",
@@ -251,8 +258,8 @@ BUGS = (
     bug(
         "two-shot: sums are pushed to the first hop's places",
         TWO_SHOT,
-        "again + two_shot.hop_bytes, sum);",
-        "again, sum);",
+        "offset + two_shot.hop_bytes, sum);",
+        "offset, sum);",
     ),
     bug(
         "two-shot: both hops have the same places",
@@ -262,23 +269,23 @@ BUGS = (
     bug(
         "two-shot: the second hop's places begin behind the first rows of the teams",
         TWO_SHOT,
-        *with_params("hop_bytes = two_shot_hop(team.row_step(), two_shot.slice_packs)"),
+        *with_params(HOP.format("team.row_step()")),
     ),
     bug(
         "two-shot: the second hop's places begin a row further on",
         TWO_SHOT,
-        *with_params("hop_bytes = two_shot_hop(rows.rows + 1, two_shot.slice_packs)"),
+        *with_params(HOP.format("rows.rows + 1")),
     ),
     bug(
         "two-shot: no gap between the hops, so that one_shot fills the same places",
         TWO_SHOT,
-        *with_params("hop_bytes -= kTwoShotGapBytes"),
+        *with_params("hop_bytes -= kTwoShotGapBytes * (kRanks - 1)"),
         "mixed",
     ),
     bug(
         "two-shot: slices are as long as the shortest",
         TWO_SHOT,
-        *with_params("slice_packs = rows.row_packs / kRanks"),
+        *with_params("slice_strips = rows.row_packs / kRanks / kStripPacks"),
     ),
     bug(
         "two-shot: sums are polled in another area",
@@ -286,7 +293,7 @@ BUGS = (
         "is_own ? 0 : area_of_source(owner, exchange.rank);",
         "is_own ? 0 : kRanks - 2 - area_of_source(owner, exchange.rank);",
     ),
-    bug("two-shot: the own sum is not kept", TWO_SHOT, KEEP, "clear_all<kRanks>(exchange, again);"),
+    bug("two-shot: the own sum is not kept", TWO_SHOT, KEEP, CLEAR_ALL),
     # ---- two-shot: clears ----
     bug("two-shot: nothing is cleared after the second hop", TWO_SHOT, CLEAR_SUM, ""),
     bug(
@@ -446,10 +453,40 @@ BUGS = (
         "return team_.pack(j) <= params_.row_packs; }",
     ),
     bug(
+        "what is beyond the row is no zero",
+        ROW_NORM,
+        "return in_row(j) ? nan_pack() : zero_pack(); }",
+        "return nan_pack(); }",
+    ),
+    bug(
+        "the local kernel: a pack beyond the row has what the one before had",
+        "local_norm.cuh",
+        "    if (!kOnePack) sum = zero_pack();\n",
+        "",
+    ),
+    bug(
+        "the residual of another pack is added beyond the row",
+        ROW_NORM,
+        "if ((kOnePack || in_row(j)) && !GAN_UNLIKELY(!has_residual()))",
+        "if (!GAN_UNLIKELY(!has_residual()))",
+    ),
+    bug(
+        "the residual beyond the row is no zero",
+        ROW_NORM,
+        "Pack residual_ = zero_pack();",
+        "Pack residual_ = nan_pack();",
+    ),
+    bug(
+        "norm_out is written beyond the row",
+        ROW_NORM,
+        "if (in_row(j)) store(norm_out, out);",
+        "store(norm_out, out);",
+    ),
+    bug(
         "norm_out is written a row further on",
         ROW_NORM,
-        "store_pack(params_.norm_out, row, j,",
-        "store_pack(params_.norm_out, row + 1, j,",
+        "Pack* norm_out = pack_address(params_.norm_out, row, 0);",
+        "Pack* norm_out = pack_address(params_.norm_out, row + 1, 0);",
     ),
     # ---- arithmetic ----
     bug(

@@ -76,8 +76,7 @@ Case full_case(uint64_t seed, const FullSize& size) {
   c.calls.push_back(call);
   call.x = 4, call.norm_out = 0;
   c.calls.push_back(call);
-  // A row may take a little more than its bytes: two_shot rounds its slices up.
-  c.area_bytes = round_up(2 * bytes + kTwoShotGapBytes, kAreaAlignment);
+  c.area_bytes = bytes_of_area(c.ranks, size.rows, size.rows, row_bytes_of(call));
   return c;
 }
 

@@ -61,7 +61,7 @@ def some_rules(rng: random.Random, share: int, clusters: bool, early: bool) -> l
         return plan.Rule(
             *size,
             algorithm=algorithm,
-            blocks_a_team=min(rng.choice((1, 2, 4)), multiprocessors) if clusters else 1,
+            blocks_a_team=min(rng.choice((1, 2, 4, 8)), multiprocessors) if clusters else 1,
             max_threads=rng.choice((32, 64, 128, 256, 512)),
             threads_a_multiprocessor=512 if early else rng.choice((512, 1024)),
             trigger=rng.choice(triggers) if early else plan.Trigger.NEVER,
