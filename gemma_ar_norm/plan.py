@@ -124,6 +124,8 @@ _TWO_SHOT = (
     Shape(2, full=True, lead_rows=2, packs=16_000),
     Shape(2, full=True),
 )
+# With two ranks.
+_ONE_SHOT_OF_TWO = (*_ONE_SHOT[:2], Shape(2, row_packs=512, packs=1900), *_ONE_SHOT[3:])
 # With six ranks and more.
 _ONE_SHOT_OF_MANY = (_ONE_SHOT[0], Shape(8, rows=1 / 8), *_ONE_SHOT[1:4], *_ONE_SHOT[5:])
 _TWO_SHOT_OF_MANY = (
@@ -135,10 +137,18 @@ _TWO_SHOT_OF_MANY = (
 )
 MANY_RANKS = 6
 
+
+def shapes_of(ranks: int) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """The tables of one-shot and of two-shot."""
+    if ranks >= MANY_RANKS:
+        return _ONE_SHOT_OF_MANY, _TWO_SHOT_OF_MANY
+    return _ONE_SHOT_OF_TWO if ranks == 2 else _ONE_SHOT, _TWO_SHOT
+
+
 # Up to which size ranks that share a GPU do calls by one-shot. 5 and 7 were not measured: what lies
 # between their neighbours.
 _ONE_SHOT_ON_ONE_GPU = {
-    2: (Size(max_packs=400_000),),
+    2: (Size(max_packs=550_000),),
     3: (Size(max_packs=150_000),),
     4: (Size(max_packs=28_000),),
     5: (Size(max_packs=18_000),),
@@ -246,13 +256,9 @@ def make_rules(
             f"one-shot up to {most_bytes} bytes {how}; shapes measured on one H200 that all ranks "
             "share, 2026-11-29"
         )
-    many = ranks >= MANY_RANKS
     one_shot, two_shot = (
         [(shape.size(multiprocessors), algorithm, shape) for shape in shapes]
-        for algorithm, shapes in (
-            (ONE_SHOT, _ONE_SHOT_OF_MANY if many else _ONE_SHOT),
-            (TWO_SHOT, _TWO_SHOT_OF_MANY if many else _TWO_SHOT),
-        )
+        for algorithm, shapes in enumerate(shapes_of(ranks))
     )
     rules = [
         rule(_smaller(size, most), algorithm, shape, evidence)

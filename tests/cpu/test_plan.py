@@ -188,19 +188,14 @@ def reached(rules: Sequence[plan.Rule]) -> set[int]:
 
 def test_every_line_of_the_tables_is_reached():
     """By a call on some workspace: no line is there in vain."""
-    not_yet = {
-        (False, plan.ONE_SHOT): {*plan._ONE_SHOT},
-        (False, plan.TWO_SHOT): {*plan._TWO_SHOT},
-        (True, plan.ONE_SHOT): {*plan._ONE_SHOT_OF_MANY},
-        (True, plan.TWO_SHOT): {*plan._TWO_SHOT_OF_MANY},
-    }
+    not_yet = {shapes: {*shapes} for ranks in RANKS for shapes in plan.shapes_of(ranks)}
     for ranks, multiprocessors, one_gpu in itertools.product(RANKS, (16, 33, 132), (False, True)):
         rules = rules_for(ranks, multiprocessors, (9, 0), False, one_gpu)
         for rule in (rules[i] for i in reached(rules)):
-            shapes = not_yet[ranks >= plan.MANY_RANKS, rule.algorithm]
-            shapes -= {
+            left = not_yet[plan.shapes_of(ranks)[rule.algorithm]]
+            left -= {
                 shape
-                for shape in shapes
+                for shape in left
                 if (rule.blocks_a_team, rule.lead_rows) == (shape.blocks, shape.lead_rows)
                 and (rule.trigger == plan.Trigger.NEVER) == shape.full
                 and all(map(operator.le, rule[:3], shape.size(multiprocessors)))
