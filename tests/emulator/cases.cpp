@@ -25,7 +25,7 @@ struct TeamShape {
 // for many calls in little time, and blocks without packs.
 TeamShape random_team(Random& random, const Limits& limits) {
   TeamShape team;
-  team.blocks = one_of(random, {1u, 1u, 2u, 2u, 3u, 4u, 8u});
+  team.blocks = one_of(random, {1u, 1u, 1u, 2u, 2u, 2u, 3u, 3u, 4u, 4u, 8u});
   team.max_threads = std::min(one_of(random, {32u, 64u, 64u, 128u}), limits.max_block_threads);
   uint32_t packs = one_of(random, {1u, 1u, 1u, 2u, 3u});
   if (random.one_in(2)) {
@@ -129,7 +129,7 @@ class CaseMaker {
     call.rows = random_.below(limits_.max_rows + 1);
     call.row_packs = team.row_packs;
     // Another team for the same row: calls next to each other have other shapes.
-    if (random_.one_in(4)) team.blocks = one_of(random_, {1u, 2u, 4u, 8u});
+    if (random_.one_in(4)) team.blocks = one_of(random_, {1u, 2u, 4u});
     // Few teams, so that each has several rows.
     take_rule(call, rule_of(team, trigger, 1 + random_.below(2)));
     call.rule.threads_a_multiprocessor = one_of(random_, {32u, 128u, 512u});
