@@ -104,45 +104,48 @@ class Shape(NamedTuple):
 # two-shot, and rows of more than 512 packs, which fill half the places, sooner than others. Early
 # start after the pushes, not at the start, is up to 7 % better (64 rows of 4096, N=8).
 
-_ONE_SHOT = (
-    Shape(1, row_packs=128),
-    Shape(4, row_packs=512, rows=1 / 2),
-    Shape(2, row_packs=512, packs=3000),
-    Shape(1, full=True, row_packs=512),
-    Shape(8, rows=1 / 64),
-    Shape(4, rows=1 / 2),
-    Shape(2, packs=1250),
-    Shape(2, full=True),
-)
-_TWO_SHOT = (
-    Shape(1, row_packs=128, packs=2000),
-    Shape(4, rows=1 / 2, packs=1250),
-    Shape(1, row_packs=256, packs=1600, lead_rows=2),
-    Shape(2, row_packs=512, packs=1250),
-    Shape(1, full=True, row_packs=512, lead_rows=2),
-    Shape(2, packs=600),
-    Shape(2, full=True, lead_rows=2, packs=16_000),
-    Shape(2, full=True),
-)
-# With two ranks.
-_ONE_SHOT_OF_TWO = (*_ONE_SHOT[:2], Shape(2, row_packs=512, packs=1900), *_ONE_SHOT[3:])
-# With six ranks and more.
-_ONE_SHOT_OF_MANY = (_ONE_SHOT[0], Shape(8, rows=1 / 8), *_ONE_SHOT[1:4], *_ONE_SHOT[5:])
-_TWO_SHOT_OF_MANY = (
-    *_TWO_SHOT[:5],
-    Shape(1, rows=1, lead_rows=2),
-    Shape(2, full=True, packs=5000, lead_rows=2),
-    Shape(1, full=True, packs=16_000, lead_rows=2),
-    Shape(1, full=True),
-)
 MANY_RANKS = 6
 
 
 def shapes_of(ranks: int) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
     """The tables of one-shot and of two-shot."""
-    if ranks >= MANY_RANKS:
-        return _ONE_SHOT_OF_MANY, _TWO_SHOT_OF_MANY
-    return _ONE_SHOT_OF_TWO if ranks == 2 else _ONE_SHOT, _TWO_SHOT
+    many = ranks >= MANY_RANKS
+    row_in_eight = Shape(8, rows=1 / 8 if many else 1 / 64)
+    short_rows = (
+        Shape(4, row_packs=512, rows=1 / 2),
+        Shape(2, row_packs=512, packs=1900 if ranks == 2 else 3000),
+        Shape(1, full=True, row_packs=512),
+    )
+    one_shot = (
+        Shape(1, row_packs=128),
+        *((row_in_eight, *short_rows) if many else (*short_rows, row_in_eight)),
+        Shape(4, rows=1 / 2),
+        Shape(2, packs=1250),
+        Shape(2, full=True),
+    )
+    large = (
+        (
+            Shape(1, rows=1, lead_rows=2),
+            Shape(2, full=True, packs=5000, lead_rows=2),
+            Shape(1, full=True, packs=16_000, lead_rows=2),
+            Shape(1, full=True),
+        )
+        if many
+        else (
+            Shape(2, packs=600),
+            Shape(2, full=True, packs=16_000, lead_rows=2),
+            Shape(2, full=True),
+        )
+    )
+    two_shot = (
+        Shape(1, row_packs=128, packs=2000),
+        Shape(4, rows=1 / 2, packs=1250),
+        Shape(1, row_packs=256, packs=1600, lead_rows=2),
+        Shape(2, row_packs=512, packs=1250),
+        Shape(1, full=True, row_packs=512, lead_rows=2),
+        *large,
+    )
+    return one_shot, two_shot
 
 
 # Up to which size ranks that share a GPU do calls by one-shot. 5 and 7 were not measured: what lies
@@ -222,7 +225,7 @@ def make_rules(
 
     def rule(size: Size, algorithm: int, shape: Shape, evidence: str) -> Rule:
         early = starts_early and not shape.full
-        most = max(1, min(max_cluster, multiprocessors))
+        most = max(1, min(max_cluster, multiprocessors))  # and a power of two, as all shapes are
         blocks = min(shape.blocks, 1 << (most.bit_length() - 1))
         # Clusters need places beside each other. Where launches of all ranks filled (nearly) all
         # places of a GPU, with torch's kernels among them, some never started: four ranks as

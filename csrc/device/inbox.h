@@ -72,10 +72,6 @@ GAN_HOST_DEVICE uint32_t first_pack_of_slice(uint32_t slice, uint32_t row_packs,
 GAN_HOST_DEVICE uint32_t slice_of_pack(uint32_t pack, uint32_t row_packs, uint32_t ranks) {
   return (ranks * (pack + 1) - 1) / row_packs;
 }
-// Of the longest.
-GAN_HOST_DEVICE uint32_t slice_packs(uint32_t row_packs, uint32_t ranks) {
-  return (row_packs + ranks - 1) / ranks;
-}
 // Who owns a slice: another rank for each row in turn.
 GAN_HOST_DEVICE uint32_t owner_of_slice(uint32_t slice, uint32_t turn, uint32_t ranks) {
   return (slice + turn) % ranks;
@@ -85,6 +81,10 @@ GAN_HOST_DEVICE uint32_t owner_of_slice(uint32_t slice, uint32_t turn, uint32_t 
 
 GAN_HOST_DEVICE uint32_t strips_of(uint32_t packs) {
   return (packs + kStripPacks - 1) / kStripPacks;
+}
+// Of the longest slice of a row.
+GAN_HOST_DEVICE uint32_t strips_of_slice(uint32_t row_packs, uint32_t ranks) {
+  return strips_of((row_packs + ranks - 1) / ranks);
 }
 // From there to area i.
 GAN_HOST_DEVICE uint64_t area_distance(uint32_t area) { return uint64_t{area} * kStripBytes; }
@@ -97,7 +97,7 @@ GAN_HOST_DEVICE uint64_t one_shot_slot(uint32_t row, uint32_t pack, uint32_t row
                                        uint32_t areas) {
   return place_in_strips(uint64_t{row} * strips_of(row_packs), pack, areas);
 }
-// On the way to the owner. `index`: of the pack in its slice. slice_strips: of the longest.
+// On the way to the owner. `index`: of the pack in its slice. slice_strips: strips_of_slice.
 GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t slice_strips,
                                        uint32_t areas) {
   return place_in_strips(uint64_t{row} * slice_strips, index, areas);
@@ -108,7 +108,7 @@ GAN_HOST_DEVICE uint64_t two_shot_slot(uint32_t row, uint32_t index, uint32_t sl
 inline constexpr uint64_t kTwoShotGapBytes = kStripBytes;
 // From there to the like on the way from the owner. `rows`: of the launch.
 GAN_HOST_DEVICE uint64_t two_shot_hop(uint32_t rows, uint32_t slice_strips, uint32_t areas) {
-  return (uint64_t{rows} * slice_strips * kStripBytes + kTwoShotGapBytes) * areas;
+  return place_in_strips(uint64_t{rows} * slice_strips, 0, areas) + kTwoShotGapBytes * areas;
 }
 
 // What of an area a row takes. (Two-shot takes the gap besides.)
@@ -117,7 +117,7 @@ GAN_HOST_DEVICE uint64_t one_shot_row_bytes(uint64_t row_bytes) {
 }
 GAN_HOST_DEVICE uint64_t two_shot_row_bytes(uint32_t ranks, uint64_t row_bytes) {
   const uint32_t row_packs = static_cast<uint32_t>(row_bytes / kPackBytes);
-  return uint64_t{2} * strips_of(slice_packs(row_packs, ranks)) * kStripBytes;
+  return uint64_t{2} * strips_of_slice(row_packs, ranks) * kStripBytes;
 }
 
 // Bytes of an area that takes one-shot calls of one_shot_rows and two-shot calls of two_shot_rows.

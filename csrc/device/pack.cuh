@@ -95,11 +95,11 @@ GAN_DEVICE Pack empty_pack() { return {kEmptyWord, kEmptyWord, kEmptyWord, kEmpt
 GAN_DEVICE Pack nan_pack() { return {kOtherNanWord, kOtherNanWord, kOtherNanWord, kOtherNanWord}; }
 GAN_DEVICE Pack zero_pack() { return {0, 0, 0, 0}; }
 
-// All four words are tested: they arrive in no order.
 GAN_DEVICE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 // The mark is the largest of words. A GPU takes three at a time, in a tree: comparisons would make
 // a chain of predicates.
 GAN_DEVICE uint32_t largest_word(Pack p) { return larger(larger(p.x, p.y), larger(p.z, p.w)); }
+// All four words are tested: they arrive in no order.
 GAN_DEVICE bool is_full(Pack p) { return largest_word(p) != kEmptyWord; }
 GAN_DEVICE uint32_t sendable_word(uint32_t w) { return w == kEmptyWord ? kOtherNanWord : w; }
 GAN_DEVICE Pack sendable(Pack p) {

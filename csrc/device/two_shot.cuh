@@ -40,7 +40,7 @@ template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
 GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   // Beside the packs of five and more peers there are no registers for it.
   constexpr bool kLoadsAhead = kOnePack && kRanks < 6;
-  // Nor everywhere for these.
+  // Nor, in all kernels, for these of RowNorm.
   constexpr bool kFewByThread = kForm == Form::kResidual;
   constexpr bool kAhead = kRanks < kMaxRanks - 1;
   const RowParams& rows = params.row;

@@ -27,7 +27,7 @@ inline uint32_t owner_grace_of(uint32_t timeout_ticks) {
 // ahead.
 inline TwoShotParams two_shot_params(uint32_t ranks, uint32_t rows, uint32_t row_packs,
                                      uint32_t teams, uint32_t lead_rows) {
-  const uint32_t strips = strips_of(slice_packs(row_packs, ranks));
+  const uint32_t strips = strips_of_slice(row_packs, ranks);
   const uint32_t later_rows = (rows - 1) / teams;  // of a team, at most
   return {std::min(lead_rows, later_rows), strips, two_shot_hop(rows, strips, ranks - 1)};
 }

@@ -188,7 +188,7 @@ static std::optional<uint64_t> place_in_area(const Exchange& exchange, uint32_t 
   const uint32_t slice = slice_of_pack(pack, row_packs, ranks);
   const uint32_t teams = exchange.launch.shape.teams;
   const uint32_t owner = owner_of_slice(slice, row % teams + row / teams, ranks);
-  const uint32_t longest = strips_of(slice_packs(row_packs, ranks));
+  const uint32_t longest = strips_of_slice(row_packs, ranks);
   const uint64_t slot =
       two_shot_slot(row, pack - first_pack_of_slice(slice, row_packs, ranks), longest, ranks - 1);
   if (owner == reader) return slot;

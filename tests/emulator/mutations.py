@@ -131,6 +131,12 @@ def flavours_of(stages: Iterable[str]) -> list[str]:
     return sorted({FLAVOUR.get(stage, "plain") for stage in stages})
 
 
+def make_flavours_of(stages: Iterable[str]) -> None:
+    """What mutants have in common."""
+    for flavour in flavours_of(stages):
+        subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
+
+
 def stages_of(bugs: tuple[Bug, ...]) -> set[str]:
     return {stage for bug in bugs for stage in bug.caught_by}
 
@@ -164,8 +170,7 @@ def table(bugs: tuple[Bug, ...]) -> str:
     def row(bug: Bug) -> str:
         return " | ".join("yes" if catch(bug, stage) else "" for stage in stages)
 
-    for flavour in flavours_of(CASES):
-        subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
+    make_flavours_of(CASES)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for bug, cells in zip(bugs, pool.map(row, bugs), strict=True):
             lines.append(f"| {bug.name} | {cells} |")
@@ -182,8 +187,7 @@ def main(words: list[str]) -> int:
     if "--table" in words:
         print(table(bugs))
         return 0
-    for flavour in flavours_of(stages_of(bugs)):
-        subprocess.run(["make", "-s", "-C", str(HERE), flavour], check=True)
+    make_flavours_of(stages_of(bugs))
     wrong = survivors(bugs)
     print("\n".join(wrong) if wrong else f"{len(bugs)} planted bugs, all caught")
     return 1 if wrong else 0

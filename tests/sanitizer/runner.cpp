@@ -181,13 +181,11 @@ class Run {
   }
   // No larger than it must be.
   uint64_t area_bytes() const {
-    const uint64_t bytes = most([this](const CallShape& call) {
-      const uint64_t row_bytes = row_bytes_of(call);
-      return call.rows * (case_.algorithm == Algorithm::kTwoShot
-                              ? two_shot_row_bytes(case_.ranks, row_bytes)
-                              : one_shot_row_bytes(row_bytes));
+    return most([this](const CallShape& call) {
+      const bool two_shot = case_.algorithm == Algorithm::kTwoShot;
+      return bytes_of_area(case_.ranks, two_shot ? 0 : call.rows, two_shot ? call.rows : 0,
+                           row_bytes_of(call));
     });
-    return round_up(bytes + kTwoShotGapBytes, kAreaAlignment);
   }
   std::vector<uint32_t> all_ranks() const {
     std::vector<uint32_t> ranks;
