@@ -205,6 +205,7 @@ def make_rules(
     max_cluster: int,
     shared_device: bool,
     one_gpu: bool,
+    clusters_fill: bool = True,
 ) -> list[Rule]:
     """The rules of a workspace.
 
@@ -218,6 +219,8 @@ def make_rules(
             them. Then kernels do not start early: a rank's next kernel could take the place that
             another rank's present one needs, and both would wait for ever.
         one_gpu: all ranks are on one GPU, whose memory is the only link between them.
+        clusters_fill: a launch that takes whole multiprocessors may be of clusters. Where not, only
+            launches that leave half of the places free are.
     """
     if not MIN_RANKS <= ranks <= MAX_RANKS:
         raise ValueError(f"ranks: {MIN_RANKS} to {MAX_RANKS} are required; got {ranks}")
@@ -226,6 +229,8 @@ def make_rules(
     def rule(size: Size, algorithm: int, shape: Shape, evidence: str) -> Rule:
         early = starts_early and not shape.full
         most = max(1, min(max_cluster, multiprocessors))  # and a power of two, as all shapes are
+        if not (early or clusters_fill):
+            most = 1
         blocks = min(shape.blocks, 1 << (most.bit_length() - 1))
         # Clusters need places beside each other. Where launches of all ranks filled (nearly) all
         # places of a GPU, with torch's kernels among them, some never started: four ranks as

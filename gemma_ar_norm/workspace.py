@@ -41,13 +41,15 @@ from .plan import MAX_RANKS, PACK_BYTES
 MAX_HIDDEN = 16384
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MIN_COMPUTE_CAPABILITY = (8, 0)
-MIN_SHARE_OF_CLUSTERS = _C.MIN_MULTIPROCESSORS_OF_CLUSTERS
-"""Multiprocessors of a rank, perhaps a share of a GPU under MPS, from which on rows are split over
-clusters. With 14 of an H200's 132 (8 ranks), and with a third of an H100's (16 clusters of 4
-blocks), kernels of clusters were seen never to start."""
 MAX_SHARED_CLUSTER = 4
 """Blocks of a cluster where ranks share a GPU. Larger ones were not tried beside kernels that are
 not ours."""
+SMALL_SHARE = _C.MIN_MULTIPROCESSORS_OF_CLUSTERS
+MAX_SMALL_CLUSTER = 2
+"""With fewer multiprocessors a rank, perhaps a share of a GPU under MPS, clusters have two blocks,
+and launches that fill them have none. Shares were seen to be of whole pairs of multiprocessors, so
+two blocks find places beside each other. Four did not always, with 32 of an H200's 132, and with 14
+and 43 kernels of clusters were seen never to start."""
 
 DEFAULT_HIDDEN_SIZE = 8192
 DEFAULT_MAX_ROWS = 256
@@ -657,8 +659,9 @@ def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
     if shared:
         multiprocessors = max(1, multiprocessors // neighbours)
     max_cluster = min(fact.max_cluster for fact in facts)
-    if multiprocessors < MIN_SHARE_OF_CLUSTERS:
-        max_cluster = 1
+    is_small = multiprocessors < SMALL_SHARE
+    if is_small:
+        max_cluster = min(max_cluster, MAX_SMALL_CLUSTER)
     elif neighbours > 1:
         max_cluster = min(max_cluster, MAX_SHARED_CLUSTER)
     return plan.make_rules(
@@ -668,6 +671,7 @@ def _rules(facts: Sequence[Facts]) -> Sequence[plan.Rule]:
         max_cluster=max_cluster,
         shared_device=shared,
         one_gpu=neighbours == len(facts),
+        clusters_fill=not is_small,
     )
 
 

@@ -27,9 +27,10 @@ inline constexpr uint32_t kSegmentPacks = kWarpLanes;
 // (kernel_table.cuh) checks it.
 inline constexpr uint32_t kMaxSegments = kMaxRowPacks / kSegmentPacks + 32;
 
-// So many every thread adds by itself, which takes less time than shuffles; not in all kernels, for
-// it takes registers (kFewByThread).
+// So many every thread can add by itself, in less time than by shuffles. That takes registers, so
+// not all kernels do it. kLast: in the last sum of a row alone, of which the sandwich form has two.
 inline constexpr uint32_t kFewSegments = 16;
+enum class FewByThread { kNever, kLast, kAlways };
 
 // Part of a kernel's shared memory. Two buffers, used in turn: a warp may be one reduction ahead of
 // the others, not two, since each reduction waits for the sums of all warps.
@@ -128,9 +129,9 @@ GAN_DEVICE float tree_sum(const float* value) {
 
 // The sum of a row's segments: lane l adds segments l, l + 32, ..., and the lanes are added by
 // xor-shuffle. Of few it is the same tree in every thread, without the lanes beyond, which have 0.
-template <bool kFewByThread>
+template <bool kByThread>
 GAN_DEVICE float sum_of_segments(const float (&segment)[kMaxSegments], uint32_t segments) {
-  if (kFewByThread && segments <= kFewSegments) return tree_sum<kFewSegments>(segment);
+  if (kByThread && segments <= kFewSegments) return tree_sum<kFewSegments>(segment);
   float sum = 0.0f;
 #pragma unroll 1
   for (uint32_t s = threadIdx.x % kWarpLanes; s < segments; s += kWarpLanes)
@@ -167,9 +168,10 @@ enum class Form { kAny, kResidual, kSandwich };
 
 // The epilogue of a row after another. For each row: expect(row, j), expect_weight(j) and
 // accept(row, j, sum) for every pack j of the thread, then finish(row, ...), with all threads of
-// the team. kFewByThread and kAhead (what the end of a row needs is computed before the team waits)
-// take registers.
-template <DType kType, bool kOnePack, Form kForm, bool kFewByThread = true, bool kAhead = true>
+// the team. kAhead: what the end of a row needs is computed before the team waits. It takes
+// registers, as kFew does.
+template <DType kType, bool kOnePack, Form kForm, FewByThread kFew = FewByThread::kAlways,
+          bool kAhead = true>
 class RowNorm {
  public:
   GAN_DEVICE RowNorm(const RowParams& params, const Team& team, SegmentSums& sums)
@@ -182,7 +184,7 @@ class RowNorm {
 
   // Before the first row, with all threads.
   GAN_DEVICE void start() {
-    if (kFewByThread && threadIdx.x == 0) {
+    if (kFew != FewByThread::kNever && threadIdx.x == 0) {
       // Whoever waits for a sum waits for this thread, and so for these.
 #pragma unroll 1
       for (uint32_t s = team_.segments(); s < kFewSegments; ++s)
@@ -225,7 +227,7 @@ class RowNorm {
   GAN_DEVICE bool finish(uint32_t row, PrepareNext prepare_next) {
     if (GAN_UNLIKELY(is_sandwich())) {
       const Pack next_weight = kOnePack ? load_weight(params_.weight, 0) : zero_pack();
-      const float post_rstd = reduce([] {});
+      const float post_rstd = reduce<kFew == FewByThread::kAlways>([] {});
       for (uint32_t j = 0; j < team_.packs; ++j) {
         if (!kOnePack) {
           expect(row, j);
@@ -239,7 +241,7 @@ class RowNorm {
     }
     Pack* norm_out = pack_address(params_.norm_out, row, 0);
     if (kAhead && kOnePack) norm_out = computed(norm_out);
-    const float rstd = reduce(prepare_next);
+    const float rstd = reduce<kFew != FewByThread::kNever>(prepare_next);
     for (uint32_t j = 0; j < team_.packs; ++j) {
       if (!kOnePack) {
         weight_ = load_weight(params_.weight, j);
@@ -346,7 +348,7 @@ class RowNorm {
 
   // rstd of the row, of which all packs have been given to add_squares. What does not need it is
   // done while the team waits for each other.
-  template <class Meanwhile>
+  template <bool kByThread, class Meanwhile>
   GAN_DEVICE float reduce(Meanwhile meanwhile) {
     if (kOnePack) scale_ = scale_of<kType>(params_.weight_bias, widen<kType>(weight_));
     if (kOnePack && kAhead) {
@@ -361,7 +363,7 @@ class RowNorm {
       if (threadIdx.x == 0) expect_bytes(&sums_.received[buffer], team_.segments() * sizeof(float));
       wait_for_bytes(&sums_.received[buffer], reductions_ / 2 % 2);
     }
-    const float sum = sum_of_segments<kFewByThread>(sums_.sum[buffer], team_.segments());
+    const float sum = sum_of_segments<kByThread>(sums_.sum[buffer], team_.segments());
     ++reductions_;
     return rstd_of(sum, hidden_, hidden_reciprocal_, eps_);
   }

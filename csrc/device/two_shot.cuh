@@ -41,13 +41,16 @@ GAN_KERNEL two_shot(GAN_KERNEL_PARAMETER FusedParams params) {
   // Beside the packs of five and more peers there are no registers for it.
   constexpr bool kLoadsAhead = kOnePack && kRanks < 6;
   // Nor, in all kernels, for these of RowNorm.
-  constexpr bool kFewByThread = kForm == Form::kResidual;
+  constexpr FewByThread kFew = kForm == Form::kResidual ? FewByThread::kAlways
+                               : kForm == Form::kSandwich && kRanks < kMaxRanks - 1
+                                   ? FewByThread::kLast
+                                   : FewByThread::kNever;
   constexpr bool kAhead = kRanks < kMaxRanks - 1;
   const RowParams& rows = params.row;
   const ExchangeParams& exchange = params.exchange;
   auto& segments = block_shared<SegmentSums>();
   const Team team = this_team<kOnePack>(rows);
-  RowNorm<kType, kOnePack, kForm, kFewByThread, kAhead> norm(rows, team, segments);
+  RowNorm<kType, kOnePack, kForm, kFew, kAhead> norm(rows, team, segments);
   const TwoShotParams& two_shot = params.two_shot;
   const uint32_t lead = two_shot.lead;
   // Whether an owner has its sum at once, in a register, and no other row's before.

@@ -64,11 +64,8 @@ namespace detail {
 
 template <DType kType, uint32_t kRanks, bool kOnePack, Form kForm>
 typename KernelTable<kType>::Fused fused_of(Algorithm algorithm) {
-  // With seven peers that one does not do with 64 registers everywhere (sm_100).
-  constexpr Form kTwoShotForm =
-      kForm == Form::kSandwich && kRanks == kMaxRanks ? Form::kAny : kForm;
   return algorithm == Algorithm::kOneShot ? one_shot<kType, kRanks, kOnePack, kForm>
-                                          : two_shot<kType, kRanks, kOnePack, kTwoShotForm>;
+                                          : two_shot<kType, kRanks, kOnePack, kForm>;
 }
 
 template <DType kType, uint32_t kRanks>

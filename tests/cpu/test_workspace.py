@@ -248,7 +248,7 @@ EARLY, NEVER = plan.Trigger.AFTER_PUSH, plan.Trigger.NEVER
         (("a", "a"), (50, 50), (132, 4, EARLY, True)),  # parts of one, by MPS
         (("a", "a"), (100, 100), (66, 4, NEVER, True)),  # MPS without parts, or time slices
         (("a", "a", "b"), (60, 50, 100), (66, 4, NEVER, False)),
-        (("a",) * 8, (100,) * 8, (16, 1, NEVER, True)),  # too few for clusters
+        (("a",) * 8, (100,) * 8, (16, 1, NEVER, True)),  # too few for clusters that fill them
     ],
 )
 def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
@@ -263,12 +263,14 @@ def test_the_plan_of_ranks_that_share_a_gpu(uuids, percentages, expected):
     assert (rules[0].multiprocessors, most_blocks, early, not over_links) == expected
 
 
-def test_ranks_with_few_multiprocessors_have_no_clusters():
+def test_ranks_with_few_multiprocessors_have_small_clusters_where_half_is_free():
     """Also where each has a GPU of its own: MPS may give it to others too."""
-    for multiprocessors, most_blocks in ((63, 1), (64, 8)):
+    for multiprocessors, early_blocks, whole_blocks in ((63, 2, 1), (64, 8, 2)):
         facts = [replace(RANKS[0], uuid=uuid, multiprocessors=multiprocessors) for uuid in "ab"]
         rules = workspace._rules(facts)
-        assert max(rule.blocks_a_team for rule in rules) == most_blocks
+        for trigger, most_blocks in ((EARLY, early_blocks), (NEVER, whole_blocks)):
+            found = [rule.blocks_a_team for rule in rules if rule.trigger == trigger]
+            assert max(found) == most_blocks
 
 
 LESS = {
@@ -320,8 +322,8 @@ def test_processes_of_one_gpu_with_different_shares():
     for rotated in range(4):
         rules = workspace._rules(facts[rotated:] + facts[:rotated])
         assert {rule.multiprocessors for rule in rules} == {13}
-        assert {rule.blocks_a_team for rule in rules} == {1}, "too few for clusters"
-        assert any(rule.trigger == EARLY for rule in rules), "nobody shares a multiprocessor"
+        shapes = {(rule.blocks_a_team, rule.trigger) for rule in rules}
+        assert shapes == {(1, NEVER), (1, EARLY), (2, EARLY)}, "nobody shares a multiprocessor"
 
 
 @pytest.mark.parametrize("max_rows", [1, 16, 256, 4096])

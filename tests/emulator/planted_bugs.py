@@ -417,8 +417,8 @@ BUGS = (
             ),
             Edit(
                 ROW_NORM,
-                "sum_of_segments<kFewByThread>(sums_.sum[buffer],",
-                "sum_of_segments<kFewByThread>(sums_.sum[0],",
+                "sum_of_segments<kByThread>(sums_.sum[buffer],",
+                "sum_of_segments<kByThread>(sums_.sum[0],",
             ),
         ),
     ),
