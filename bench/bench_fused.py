@@ -65,9 +65,16 @@ def parser() -> argparse.ArgumentParser:
 def options_of(given: argparse.Namespace, p: argparse.ArgumentParser) -> worker.Options:
     for name in ("rows", "hidden"):
         if min(getattr(given, name)) < 1:
-            p.error(f"--{name}: 1 or more is required")
-    if given.calls < 1 or given.replays < 1:
-        p.error("--calls, --replays: 1 or more is required")
+            p.error(f"--{name}: 1 or more is required; got {min(getattr(given, name))}")
+    for name in ("ranks", "calls", "replays"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            p.error(f"--{name}: 1 or more is required; got {value}")
+    if not given.timeout > 0:
+        p.error(f"--timeout: more than 0 seconds are required; got {given.timeout:g}")
+    for option, path in (("--json", given.json), ("--plot", given.plot)):
+        if problem := reports.no_place(option, path):
+            p.error(problem)
     names = [baseline.name for baseline in all_baselines()]
     for start in given.algorithms:
         if not any(name.startswith(start) for name in names):
@@ -97,6 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.worker is not None:
         return 1 if worker.is_wrong(worker.work(options, Path(given.worker))) else 0
     if "RANK" in os.environ:  # torchrun's
+        started = int(os.environ["WORLD_SIZE"])
+        if given.ranks not in (None, started):
+            p.error(f"--ranks: {started}, as torchrun has started, are required; got {given.ranks}")
         report = worker.work(options, Path(given.json) if given.json else None)
         if os.environ["RANK"] == "0":
             finish(report, given.plot)
@@ -105,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     worker.without_multicast()
     with tempfile.TemporaryDirectory(prefix="gan_bench_") as directory:
         file = Path(given.json or Path(directory) / "report.json")
-        file.unlink(missing_ok=True)
+        old = reports.stamp(file)
         steps = Path(directory) / "progress"
         script = [sys.executable, str(Path(__file__).resolve()), "--worker", str(file.absolute())]
         with progress.followed(steps):
@@ -118,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 show="nothing",
             )
         known = False
-        if file.exists():
+        if reports.stamp(file) != old:
             found = reports.load(file)
             finish(found, given.plot)
             known = found["complete"] and worker.is_wrong(found)

@@ -23,11 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("before")
     p.add_argument("after")
-    p.add_argument("--percent", type=float, default=5.0, help="that is no difference (5)")
+    p.add_argument("--percent", type=float, default=5.0, help="that are no difference (5)")
     p.add_argument("--force", action="store_true", help="also where the conditions differ")
     given = p.parse_args(arguments)
+    if not given.percent >= 0:
+        p.error(f"--percent: 0 or more is required; got {given.percent:g}")
     try:
-        before, after = reports.load(given.before), reports.load(given.after)
+        before, after = reports.load_cells(given.before), reports.load_cells(given.after)
     except ValueError as error:
         print(error, file=sys.stderr)
         return NOT_COMPARED
@@ -48,6 +50,20 @@ def differences(before: reports.Report, after: reports.Report) -> list[str]:
             values = [value.split(" (")[0] for value in values]
         if values[0] != values[1]:
             found.append(f"{name}: {values[0]} before, {values[1]} after")
+    for when, report in (("before", before), ("after", after)):
+        if not report["complete"]:
+            found.append(f"complete: the run {when} ended before all was measured")
+    shares = [
+        {key: cell["multiprocessors"] for key, cell in cells_of(report).items()}
+        for report in (before, after)
+    ]
+    for key in shares[0]:
+        if key in shares[1] and shares[0][key] != shares[1][key]:
+            found.append(
+                f"multiprocessors a rank: {shares[0][key]} before, {shares[1][key]} after, "
+                f"{reports.name_of(key)}"
+            )
+            break  # one says enough
     if not found and before["gpu"] == "CPU":
         found.append("gpu: none: the times of the CPU path mean nothing")
     return found

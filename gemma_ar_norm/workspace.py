@@ -47,9 +47,9 @@ not ours."""
 SMALL_SHARE = _C.MIN_MULTIPROCESSORS_OF_CLUSTERS
 MAX_SMALL_CLUSTER = 2
 """With fewer multiprocessors a rank, perhaps a share of a GPU under MPS, clusters have two blocks,
-and launches that fill them have none. Shares were seen to be of whole pairs of multiprocessors, so
-two blocks find places beside each other. Four did not always, with 32 of an H200's 132, and with 14
-and 43 kernels of clusters were seen never to start."""
+and launches that fill them have none. With 14 and 43 of 132 kernels of larger clusters were seen
+never to start, and clusters of four did not always fit into 32 at once; pairs that leave half of
+the places free have always started so far (docs/design.md)."""
 
 DEFAULT_HIDDEN_SIZE = 8192
 DEFAULT_MAX_ROWS = 256

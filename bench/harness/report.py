@@ -8,7 +8,7 @@ import math
 import statistics
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ Key = tuple[Any, ...]
 SHAPE = ("ranks", "hidden", "rows", "dtype", "form")  # of a cell, in the order of the table
 KEY = (*SHAPE, "algorithm")
 # What must be equal of two reports for their times to be compared.
-CONDITIONS = ("harness", "gpu", "gpus", "placement", "l2", "calls")
+CONDITIONS = ("harness", "gpu", "gpus", "placement", "l2", "calls", "start", "environment")
 
 
 @dataclass
@@ -102,6 +102,37 @@ def load(path: str | Path) -> Report:
             f"{path}: a report of schema {SCHEMA} is required; got {got!r}; run the benchmark again"
         )
     return report
+
+
+def load_cells(path: str | Path) -> Report:
+    """A report that has cells, with all that compare.py looks at."""
+    report = load(path)
+    cells = report.get("cells")
+    missing = [name for name in ("complete", "cells", *CONDITIONS) if name not in report]
+    if isinstance(cells, list):
+        names = [f.name for f in fields(Cell)]
+        missing += sorted({name for cell in cells for name in names if name not in cell})
+    if missing:
+        raise ValueError(
+            f"{path}: a report of bench_fused.py or streams/run.py is required; got one without "
+            f"{', '.join(missing)}"
+        )
+    return report
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Another one after the file has been written."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def no_place(option: str, path: str | None) -> str | None:
+    """Why a file cannot be written at the end of a run, as far as one can tell before."""
+    if path is None or Path(path).absolute().parent.is_dir():
+        return None
+    return f"{option}: a file in a directory that exists is required; got {path}"
 
 
 def as_cell(cell: Cell) -> dict[str, Any]:
@@ -199,7 +230,7 @@ COLUMNS = (
 )
 CHECKS = {
     "bench_fused": "check: ours has the bits of reference.py; the others are near it.",
-    "streams": "check: all of a size gave the same bits, on all ranks.",
+    "streams": "check: all shapes of a size gave the same bits, sums on all ranks; or it ends.",
 }
 LEFT = {"dtype", "form", "algorithm", "path", "check"}
 
@@ -265,9 +296,10 @@ def head(report: Report) -> str:
 
 
 def notes(report: Report) -> list[str]:
+    rounds = "rounds of as many as" if report["gpu"] == "CPU" else "replays of graphs of"
     lines = [
-        f"us: a call, of graphs of {report['calls']} dependent ones; median, p10, p90 over replays "
-        "of the slowest rank's time.",
+        f"us: a call; median, p10, p90 over {rounds} {report['calls']} dependent ones, of the "
+        "slowest rank's time.",
         "GB/s: of what a rank's memory must move at least (bench/README.md); of copy: over what "
         "all ranks' copies reach.",
         CHECKS[report["harness"]],

@@ -300,4 +300,5 @@ def grid(
                     f"--hidden: a multiple of {multiple} up to 16384 is required for {dtype}; "
                     f"got {size}"
                 )
-    return [Case(r, h, d, f) for h in hidden for d in dtypes for f in forms for r in rows]
+    all_of_them = [Case(r, h, d, f) for h in hidden for d in dtypes for f in forms for r in rows]
+    return list(dict.fromkeys(all_of_them))

@@ -1,8 +1,10 @@
 // The command line and the file of --rules. Host only.
 #pragma once
 #include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <fstream>
+#include <iterator>
 #include <map>
 #include <sstream>
 #include <stdexcept>
@@ -20,9 +22,48 @@ inline std::vector<std::string> words_of(const std::string& text) {
   for (std::string item; std::getline(stream, item, ',');) list.push_back(item);
   return list;
 }
-inline std::vector<uint32_t> numbers(const std::string& text) {
+
+// Of a number: from `least` to `most`, a multiple of `step`.
+struct Range {
+  uint32_t least, most, step = 1;
+};
+
+inline uint32_t number(const std::string& option, const std::string& text, Range range) {
+  uint32_t value = 0;
+  const char* end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (error != std::errc() || stop != end || value < range.least || value > range.most ||
+      value % range.step != 0) {
+    const std::string what =
+        range.step == 1 ? "a whole number" : "a multiple of " + std::to_string(range.step);
+    throw std::runtime_error(option + ": " + what + " from " + std::to_string(range.least) +
+                             " to " + std::to_string(range.most) + " is required; got " + text);
+  }
+  return value;
+}
+
+// One at least.
+inline std::vector<uint32_t> numbers(const std::string& option, const std::string& text,
+                                     Range range) {
   std::vector<uint32_t> list;
-  for (const std::string& word : words_of(text)) list.push_back(std::stoul(word));
+  for (const std::string& word : words_of(text)) list.push_back(number(option, word, range));
+  if (list.empty()) number(option, "", range);
+  return list;
+}
+
+inline std::string name_of(const std::string& option, const std::string& text,
+                           const std::vector<std::string>& known) {
+  if (std::find(known.begin(), known.end(), text) != known.end()) return text;
+  std::string names;
+  for (const std::string& name : known) names += (names.empty() ? "" : ", ") + name;
+  throw std::runtime_error(option + ": one of " + names + " is required; got " + text);
+}
+
+inline std::vector<std::string> names_of(const std::string& option, const std::string& text,
+                                         const std::vector<std::string>& known) {
+  std::vector<std::string> list;
+  for (const std::string& word : words_of(text)) list.push_back(name_of(option, word, known));
+  if (list.empty()) name_of(option, "", known);
   return list;
 }
 
@@ -56,50 +97,51 @@ struct Options {
 };
 
 inline Options parse(int argc, char** argv) {
+  constexpr uint32_t kMany = 1 << 20, kWarp = 32, kPackElements = kPackBytes / 2;  // of bf16
   Options o;
   for (int i = 1; i < argc; i += 2) {
     const std::string name = argv[i];
     if (i + 1 == argc) throw std::runtime_error(name + ": a value is required; got none");
     const std::string value = argv[i + 1];
     if (name == "--ranks") {
-      o.ranks = numbers(value);
-    } else if (name == "--rows") {
-      o.rows = numbers(value);
-    } else if (name == "--teams") {
-      o.teams = numbers(value);
-    } else if (name == "--leads") {
-      o.leads = numbers(value);
-    } else if (name == "--algorithms") {
-      o.algorithms = words_of(value);
-    } else if (name == "--resident") {
-      o.resident = numbers(value);
+      o.ranks = numbers(name, value, {2, kMaxRanks});
     } else if (name == "--hidden") {
-      o.hidden = std::stoul(value);
+      o.hidden = number(name, value, {kPackElements, kMaxHidden, kPackElements});
+    } else if (name == "--rows") {
+      o.rows = numbers(name, value, {1, kMany});
+    } else if (name == "--teams") {
+      o.teams = numbers(name, value, {1, 8});
+    } else if (name == "--leads") {
+      o.leads = numbers(name, value, {1, kMany});
+    } else if (name == "--algorithms") {
+      o.algorithms =
+          names_of(name, value, {std::begin(kAlgorithmNames), std::end(kAlgorithmNames)});
+    } else if (name == "--resident") {
+      o.resident = numbers(name, value, {1, 2});
     } else if (name == "--threads") {
-      o.threads = std::stoul(value);
+      o.threads = number(name, value, {kWarp, kMaxThreadsAMultiprocessor / 2, kWarp});
     } else if (name == "--gpus") {
-      o.gpus = std::stoul(value);
+      o.gpus = number(name, value, {1, kMany});
     } else if (name == "--rounds") {
-      o.rounds = std::stoul(value);
+      o.rounds = number(name, value, {1, kMany});
     } else if (name == "--trigger") {
-      o.trigger = std::stoul(value);
+      o.trigger = number(name, value, {0, 2});
     } else if (name == "--sms") {
       o.only_multiprocessors = true;
     } else if (name == "--form") {
-      o.form = value;
+      o.form = name_of(name, value, {"plain", "residual", "sandwich"});
     } else if (name == "--rules") {
       o.rules = value;
     } else if (name == "--json") {
       o.json = value;
     } else {
-      throw std::runtime_error(name + ": no such option; see the top of streams.cu");
+      throw std::runtime_error(name + ": an option of streams.cu, see its top, is required");
     }
   }
-  const auto is_possible = [](uint32_t ranks) { return ranks >= 2 && ranks <= kMaxRanks; };
-  if (o.ranks.empty() || !std::all_of(o.ranks.begin(), o.ranks.end(), is_possible))
-    throw std::runtime_error("--ranks: numbers from 2 to " + std::to_string(kMaxRanks) +
-                             " are required");
-  if (o.gpus == 0) throw std::runtime_error("--gpus: 1 or more are required; got 0");
+  for (const uint32_t teams : o.teams) {
+    if ((teams & (teams - 1)) != 0)
+      throw std::runtime_error("--teams: powers of two are required; got " + std::to_string(teams));
+  }
   return o;
 }
 

@@ -112,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given, options = parser.parse_known_args(arguments)
     if given.plot and plots.problem():
         parser.error(str(plots.problem()))
+    for option, path in (("--json", given.json), ("--plot", given.plot)):
+        if problem := reports.no_place(option, path):
+            parser.error(problem)
     if given.gpus < 1:
         parser.error(f"--gpus: 1 or more are required; got {given.gpus}")
     streams = cmake.build("streams")
@@ -120,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rules = Path(directory) / "rules.txt"
         write_rules(rules, streams, given.gpus)
         file = Path(given.json or Path(directory) / "report.json")
-        file.unlink(missing_ok=True)
+        old = reports.stamp(file)
         exit_code = measure(streams, rules, file, ["--gpus", str(given.gpus), *options])
-        if file.exists():
+        if reports.stamp(file) != old:
             report(file, given.plot)
         return exit_code
 

@@ -91,16 +91,53 @@ def test_two_cpu_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--rows", "0"], "--rows: 1 or more"),
+        (["--rows", "4", "0"], "--rows: 1 or more is required; got 0"),
+        (["--ranks", "0"], "--ranks: 1 or more is required; got 0"),
+        (["--timeout", "-1"], "--timeout: more than 0 seconds are required; got -1"),
+        (["--json", "/nowhere/a"], "--json: a file in a directory that exists is required; got /"),
         (["--hidden", "12"], "--hidden: a multiple of 8 up to 16384"),
         (["--algorithms", "ncll"], "--algorithms: the start of one of floor, ours/auto"),
-        (["--replays", "0"], "--calls, --replays: 1 or more"),
+        (["--replays", "0"], "--replays: 1 or more is required; got 0"),
+        (["--calls", "-2"], "--calls: 1 or more is required; got -2"),
     ],
 )
 def test_arguments_are_refused(arguments, said, capsys):
     with pytest.raises(SystemExit):
         bench_fused.main(arguments)
     assert said in capsys.readouterr().err
+
+
+def test_torchrun_says_how_many_ranks_there_are(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        bench_fused.main(["--ranks", "4"])
+    assert "--ranks: 2, as torchrun has started, are required; got 4" in capsys.readouterr().err
+
+
+def test_a_case_that_is_named_twice_is_measured_once():
+    found = worker.grid([1, 8, 1], [64], ["bf16", "bf16"], ["plain"])
+    assert [case.rows for case in found] == [1, 8]
+
+
+def test_a_run_without_a_report_leaves_the_last_one(monkeypatch, tmp_path, capsys):
+    """And does not show it as its own."""
+    file = tmp_path / "report.json"
+    reports.save(made_report([made_cell("floor", 2.0)]), file)
+    before = file.read_text()
+
+    def run(command, ranks, **options):
+        assert command[command.index("--worker") + 1] == str(file)
+        return types.SimpleNamespace(
+            exit_code=3, transcript=lambda: "out of memory", placement="2 GPUs", reason="it died"
+        )
+
+    monkeypatch.setattr(launcher, "run", run)
+    assert bench_fused.main(["--ranks", "2", "--json", str(file)]) == 3
+    said = capsys.readouterr()
+    assert file.read_text() == before
+    assert said.out == ""
+    assert "it died" in said.err
 
 
 def test_a_run_that_dies_says_so(monkeypatch, capsys):
@@ -700,7 +737,7 @@ assert "torch" not in sys.modules
     )
     assert done.returncode == 0, done.stderr
     assert "plan       one_shot  3.00" in done.stdout
-    assert "all of a size gave the same bits" in done.stdout
+    assert "all shapes of a size gave the same bits" in done.stdout
 
 
 def streams_source(name: str) -> str:
@@ -719,6 +756,82 @@ def test_streams_writes_the_schema():
     words = str(launcher.Placement(4, 4))
     assert words.removeprefix("4") in streams_source("placement.h")
     assert "on the device: a fused call of one row" in source
+
+
+PARSE = r"""
+#include <cstdio>
+
+#include "streams/options.h"
+
+int main(int argc, char** argv) {
+  try {
+    const gan::streams::Options o = gan::streams::parse(argc, argv);
+    std::printf("%zu %u %s", o.ranks.size(), o.hidden, o.form.c_str());
+  } catch (const std::exception& error) {
+    std::printf("%s", error.what());
+    return 1;
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def parse(tmp_path_factory):
+    """streams' command line alone: what it says of one, and its exit code."""
+    directory = tmp_path_factory.mktemp("parse")
+    (directory / "parse.cpp").write_text(PARSE)
+    command = [
+        os.environ.get("CXX", "g++"),
+        *("-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror"),
+        *(f"-I{ROOT / name}" for name in ("bench", "csrc")),
+        *(str(directory / "parse.cpp"), "-o", str(directory / "parse")),
+    ]
+    subprocess.run(command, check=True, timeout=120)
+
+    def run(text: str) -> tuple[int, str]:
+        command = [str(directory / "parse"), *text.split(" ")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.returncode, done.stdout
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--ranks 2,9", "--ranks: a whole number from 2 to 8 is required; got 9"),
+        ("--ranks 1", "--ranks: a whole number from 2 to 8 is required; got 1"),
+        ("--rows abc", "--rows: a whole number from 1 to 1048576 is required; got abc"),
+        ("--rows 8x", "got 8x"),
+        ("--rows -1", "got -1"),
+        ("--rows 1,,2", "is required; got "),
+        ("--rows 99999999999", "got 99999999999"),
+        ("--teams 0", "--teams: a whole number from 1 to 8 is required; got 0"),
+        ("--teams 2,3", "--teams: powers of two are required; got 3"),
+        ("--leads 0", "--leads: a whole number from 1 "),
+        ("--resident 3", "--resident: a whole number from 1 to 2 is required; got 3"),
+        ("--trigger 3", "--trigger: a whole number from 0 to 2 is required; got 3"),
+        ("--rounds 0", "--rounds: a whole number from 1 "),
+        ("--gpus 0", "--gpus: a whole number from 1 "),
+        ("--hidden 100", "--hidden: a multiple of 8 from 8 to 16384 is required; got 100"),
+        ("--hidden 16392", "got 16392"),
+        ("--threads 100", "--threads: a multiple of 32 from 32 to 512 is required; got 100"),
+        ("--algorithms one-shot", "--algorithms: one of one_shot, two_shot is required; got one-"),
+        ("--form full", "--form: one of plain, residual, sandwich is required; got full"),
+        ("--round 1", "--round: an option of streams.cu, see its top, is required"),
+        ("--rows", "--rows: a value is required; got none"),
+    ],
+)
+def test_streams_refuses_options(parse, options, said):
+    code, text = parse(options)
+    assert code == 1
+    assert said in text
+
+
+def test_streams_takes_options(parse):
+    wanted = "--ranks 2,4,8 --hidden 5376 --form sandwich --teams 1,8 --rows 1,1024 --rounds 3"
+    assert parse(wanted) == (0, "3 5376 sandwich")
+    assert parse("--sms -")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -952,13 +1065,50 @@ def test_compare_what_came_to_be_wrong(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("gpu", "NVIDIA H200"), ("l2", "cold"), ("harness", "streams"), ("placement", "2 GPUs")],
+    [
+        ("gpu", "NVIDIA H200"),
+        ("l2", "cold"),
+        ("harness", "streams"),
+        ("placement", "2 GPUs"),
+        ("start", "on the host: a barrier"),
+        ("environment", {}),
+    ],
 )
 def test_compare_refuses_other_conditions(tmp_path, capsys, name, value):
     before, after = made_report(BEFORE), made_report(BEFORE, **{name: value})
     assert compared(tmp_path, before, after) == 2
     assert f"{name}: {before[name]} before, {value} after" in capsys.readouterr().err
     assert compared(tmp_path, before, after, "--force") == 0
+
+
+def test_compare_refuses_what_is_not_complete(tmp_path, capsys):
+    before, after = made_report(BEFORE), made_report(BEFORE[:2], complete=False)
+    assert compared(tmp_path, before, after) == 2
+    assert "complete: the run after ended before all" in capsys.readouterr().err
+    assert compared(tmp_path, after, before) == 2
+    assert "complete: the run before ended before all" in capsys.readouterr().err
+
+
+def test_compare_refuses_another_share_of_the_gpu(tmp_path, capsys):
+    before, after = (made_report([made_cell("floor", 2.0, multiprocessors=n)]) for n in (66, 33))
+    assert compared(tmp_path, before, after) == 2
+    assert "multiprocessors a rank: 66 before, 33 after, floor, 2 ranks" in capsys.readouterr().err
+
+
+def test_compare_refuses_what_lacks_something(tmp_path, capsys):
+    """Such as a report of links/run.py."""
+    cell = {name: value for name, value in BEFORE[0].items() if name != "p90"}
+    for report, missing in (
+        ({"schema": 1}, "complete, cells, harness, gpu, gpus, placement, l2, calls, start, env"),
+        (made_report([BEFORE[0], cell]), "p90"),
+    ):
+        assert compared(tmp_path, made_report(BEFORE), report) == 2
+        said = capsys.readouterr().err
+        assert "after.json: a report of bench_fused.py or streams/run.py is required; got" in said
+        assert f"one without {missing}" in said
+    with pytest.raises(SystemExit):
+        compared(tmp_path, made_report(BEFORE), made_report(BEFORE), "--percent", "-1")
+    assert "--percent: 0 or more is required; got -1" in capsys.readouterr().err
 
 
 def test_compare_refuses_what_is_no_report_and_what_has_nothing_in_common(tmp_path, capsys):
