@@ -103,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(given, p)
     if given.worker is not None:
         return 1 if worker.is_wrong(worker.work(options, Path(given.worker))) else 0
-    if "RANK" in os.environ:  # torchrun's
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         started = int(os.environ["WORLD_SIZE"])
         if given.ranks not in (None, started):
-            p.error(f"--ranks: {started}, as torchrun has started, are required; got {given.ranks}")
+            p.error(
+                f"--ranks: {started}, as torchrun has started (RANK and WORLD_SIZE are set), are "
+                f"required; got {given.ranks}"
+            )
         report = worker.work(options, Path(given.json) if given.json else None)
         if os.environ["RANK"] == "0":
             finish(report, given.plot)

@@ -3,8 +3,8 @@
 
     python bench/compare.py BEFORE.json AFTER.json [--percent 5] [--force]
 
-Exit code 0: nothing is slower by more than --percent. 1: something is, or came to be wrong.
-2: the two cannot be compared.
+Exit code 0: nothing is slower by more than --percent. 1: something is, or came to be wrong, or one
+of ours has no time any more at a size that others still have one at. 2: the two cannot be compared.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from harness import report as reports
 
 SLOWER, NOT_COMPARED = 1, 2
+OURS = ("ours/", "plan")  # in bench_fused.py, in streams
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def differences(before: reports.Report, after: reports.Report) -> list[str]:
     """Why the times of the two say nothing about each other."""
     found = []
-    for name in reports.CONDITIONS:
+    conditions = list(reports.CONDITIONS)
+    if all(reports.OPTIONS in report for report in (before, after)):
+        conditions.append(reports.OPTIONS)
+    for name in conditions:
         values = [report[name] for report in (before, after)]
         if name == "placement":  # without the launcher's note on how MPS came to be
             values = [value.split(" (")[0] for value in values]
@@ -89,12 +93,20 @@ def compare(
     for key in broken:
         print(f"wrong now: {reports.name_of(key)}: {after[key]['wrong']}")
 
+    sizes = {reports.shape(cell) for cell in after.values()}
+    gone = [
+        key
+        for key, cell in before.items()
+        if cell["us"] and cell["algorithm"].startswith(OURS) and reports.shape(cell) in sizes
+        if key not in after or not (after[key]["us"] or after[key]["wrong"])
+    ]
+
     changes = {
         key: (after[key]["us"] / before[key]["us"] - 1) * 100
         for key in common
         if after[key]["us"] and before[key]["us"]
     }
-    if not changes and not broken:
+    if not changes and not broken and not gone:
         print("no cell of the one is in the other", file=sys.stderr)
         return NOT_COMPARED
     slower = sorted((key for key in changes if changes[key] > percent), key=lambda k: -changes[k])
@@ -107,9 +119,9 @@ def compare(
         print(*reports.columns(lines, reports.LEFT), sep="\n")
     print(
         f"{len(changes)} cells: {len(slower)} slower by more than {percent:g}%, "
-        f"{len(faster)} faster, {len(broken)} wrong now"
+        f"{len(faster)} faster, {len(broken)} wrong now, {len(gone)} of ours without a time now"
     )
-    return SLOWER if slower or broken else 0
+    return SLOWER if slower or broken or gone else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python bench/crossovers.py REPORT.json ... [--links LINKS.json] [--json FILE]
 
 REPORT.json: of bench_fused.py with the algorithms `floor` and `ours`, and `nccl` if there; one rank
-a GPU. LINKS.json: of links/run.py on the same machine. For every number of ranks:
+a GPU; all of one kind of GPU, with the same L2 and calls. LINKS.json: of links/run.py on the same
+machine. For every number of ranks:
 
   - up to which size one-shot is no slower than two-shot, beside what plan.py takes;
   - how far the plan's choice is from the faster algorithm, and NCCL + norm from the plan's;
@@ -31,6 +32,8 @@ from harness import report as reports
 
 ONE, TWO, PLAN, NCCL = "ours/one_shot", "ours/two_shot", "ours/auto", "nccl + norm"
 ALIKE = 1.02  # times that differ by less say nothing
+# What all reports must have alike: they may be of different numbers of ranks.
+CONDITIONS = [name for name in reports.CONDITIONS if name not in ("gpus", "placement")]
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class Links:
 
     @staticmethod
     def of(path: Path) -> Links:
-        found = json.loads(path.read_text())
+        found = reports.load(path)
+        if found.get("harness") != "links":
+            raise ValueError(f"{path}: a report of links/run.py is required; got another")
         between = [
             one["ns"]
             for one in found["latency_ns"]
@@ -66,6 +71,8 @@ class Point:
     """A shape of call that was measured. us: by algorithm; size: the bytes of x."""
 
     ranks: int
+    dtype: str
+    form: str
     hidden: int
     rows: int
     size: int
@@ -92,8 +99,8 @@ def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Poin
             if cell["us"] is None:
                 continue
             size = cell["rows"] * cell["hidden"] * reports.ITEM_BYTES[cell["dtype"]]
-            new = Point(cell["ranks"], cell["hidden"], cell["rows"], size, "", {}, {})
-            point = by_shape.setdefault(reports.shape(cell), new)
+            kind = [cell[name] for name in ("ranks", "dtype", "form", "hidden", "rows")]
+            point = by_shape.setdefault(reports.shape(cell), Point(*kind, size, "", {}, {}))
             point.us[cell["algorithm"]] = cell["us"]
             if cell["algorithm"] == PLAN:
                 point.path = cell["path"]
@@ -104,12 +111,12 @@ def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Poin
             point.model_us = {
                 name: links.model_us(name, point.ranks, floor, point.size) for name in (ONE, TWO)
             }
-    return sorted(points, key=lambda p: (p.ranks, p.hidden, p.rows))
+    return sorted(points, key=lambda p: (p.ranks, p.dtype, p.form, p.hidden, p.rows))
 
 
 def crossover(points: Iterable[Point]) -> tuple[int | None, int | None]:
-    """(the largest size up to which one-shot is no slower, the next one measured), of points of one
-    hidden size and number of ranks, by size; None where there is none."""
+    """(the largest size up to which one-shot is no slower, the next one measured), of points that
+    differ in rows alone, by size; None where there is none."""
     last = None
     for point in points:
         if not {ONE, TWO} <= point.us.keys():
@@ -121,15 +128,16 @@ def crossover(points: Iterable[Point]) -> tuple[int | None, int | None]:
 
 
 def table(points: Sequence[Point]) -> list[str]:
-    head = ("ranks", "hidden", "rows", "KiB", "floor", "one_shot", "two_shot", "plan", "took")
-    head += ("/best", "nccl", "nccl/plan", "model", "/model")
+    head = ("ranks", "dtype", "form", "hidden", "rows", "KiB", "floor", "one_shot", "two_shot")
+    head += ("plan", "took", "/best", "nccl", "nccl/plan", "model", "/model")
     rows: list[Sequence[str]] = [head]
     for p in points:
         times = [reports.number(p.us.get(n), 2) for n in (reports.FLOOR, ONE, TWO, PLAN)]
         model = min(p.model_us.values(), default=None)
         rows.append(
             [
-                *(str(p.ranks), str(p.hidden), str(p.rows), reports.number(p.size / 1024, 0)),
+                *(str(p.ranks), p.dtype, p.form, str(p.hidden), str(p.rows)),
+                reports.number(p.size / 1024, 0),
                 *times,
                 p.path,
                 reports.number(p.over_best(), 2),
@@ -139,7 +147,7 @@ def table(points: Sequence[Point]) -> list[str]:
                 reports.number(p.over_model(), 2),
             ]
         )
-    return reports.columns(rows, {"took"})
+    return reports.columns(rows, {"dtype", "form", "took"})
 
 
 def worst(points: Sequence[Point], value: Any, *, largest: bool = True) -> str:
@@ -155,11 +163,13 @@ def conclusions(points: Sequence[Point], planned: Any) -> list[str]:
     for ranks in sorted({p.ranks for p in points}):
         mine = [p for p in points if p.ranks == ranks]
         lines.append(f"{ranks} ranks; the plan has one-shot up to {planned(ranks)}")
-        for hidden, group in itertools.groupby(mine, lambda p: p.hidden):
+        for (dtype, form, hidden), group in itertools.groupby(
+            mine, lambda p: (p.dtype, p.form, p.hidden)
+        ):
             last, following = crossover(group)
             upto = "at no size" if last is None else f"up to {last} bytes"
             then = "" if following is None else f"; two-shot is faster at {following}"
-            lines.append(f"  hidden {hidden}: one-shot is no slower {upto}{then}")
+            lines.append(f"  hidden {hidden} {dtype} {form}: one-shot is no slower {upto}{then}")
         small = [p for p in mine if p.size <= 256 << 10]
         lines += [
             f"  the plan over the faster algorithm, at most: {worst(mine, Point.over_best)}",
@@ -188,12 +198,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--links", type=Path, metavar="LINKS.json")
     p.add_argument("--json", type=Path, metavar="FILE", help="the points, with models")
     given = p.parse_args(arguments)
+    if problem := reports.no_place("--json", given.json):
+        p.error(problem)
     try:
-        found = [reports.load(path) for path in given.reports]
+        found = [reports.load_cells(path) for path in given.reports]
         links = None if given.links is None else Links.of(given.links)
-    except (OSError, ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         print(error, file=sys.stderr)
         return 2
+    for name in CONDITIONS:
+        if any(report[name] != found[0][name] for report in found):
+            values = ", ".join(str(report[name]) for report in found)
+            print(f"{name}: one for all reports is required; got {values}", file=sys.stderr)
+            return 2
     points = points_of(found, links)
     if not points:
         print("REPORT.json: cells of ours/auto are required; got none", file=sys.stderr)

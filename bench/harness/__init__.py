@@ -1,4 +1,4 @@
-"""What bench_fused.py, compare.py and streams/run.py share; ../README.md says how it is used.
+"""What the programs of bench share; ../README.md says how it is used.
 
 cases      what is measured: shapes, their inputs, and what reference.py makes of them
 baselines  one class each: ours, the floor, and what it is compared with
@@ -8,4 +8,6 @@ worker     what every rank does
 report     the JSON, the table, the ratios (no torch)
 plots      latency and roofline (no torch; matplotlib)
 progress   the bar (no torch; tqdm where it is installed)
+cmake      builds the programs of C++ (no torch)
+quantiles.h  the medians of those
 """

@@ -2,8 +2,9 @@
 
 A new baseline: a class with a name, `why_not` (why it cannot run here, or None), and `make`, which
 returns a function of (x, weight, residual, post_weight) to (norm_out, residual_out); an instance of
-it in BASELINES. The function must leave its arguments alone. `prepare` is for memory that all ranks
-share. All of these are called on every rank; an exception of one rank skips the baseline on all.
+it in `all_baselines`. The function must leave its arguments alone. `prepare` is for memory that all
+ranks share. All of these are called on every rank; an exception of one rank skips the baseline on
+all.
 
 "+ norm" is the package's own add-and-norm kernel, the one that the floor is. No NVLink multicast
 anywhere: bench_fused.py sets NCCL_NVLS_ENABLE=0 and TORCH_SYMM_MEM_DISABLE_MULTICAST=1, and

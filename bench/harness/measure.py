@@ -5,7 +5,8 @@ the device: a store over twice the L2 (not with --warm-l2), and a small collecti
 ranks come together (`Start`). Then an event, the replay, an event. The host queues replays behind
 one long sleep of the GPU and waits at the end, so that its own time is in none of them: all at
 once, or fewer where it is too slow for that (graphs of NCCL's kernels: the queue takes no more).
-What cannot be captured, and the CPU path: calls from the host, by its clock, after a barrier.
+What cannot be captured, and the CPU path: rounds of calls queued one after the other, by the host's
+clock, from a barrier until all are done; the L2 is as they leave it.
 
 A number is that of the slowest rank, replay by replay (report.summary).
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,6 +37,13 @@ FEWER_REPLAYS = (8, 1)  # behind a sleep, where all take longer
 COPY_BYTES, COPIES = {"cuda": 256 << 20, "cpu": 16 << 20}, 20
 
 Calls = Callable[[int], Outputs]  # makes so many dependent calls
+
+
+@dataclass
+class Timed:
+    us: list[float]  # a call, of each replay on this rank
+    outputs: Outputs  # of the last call
+    calls: int  # in a replay
 
 
 class Start:
@@ -88,8 +97,7 @@ def measure(
     flush: Flush,
     graph_calls: int,
     replays: int,
-) -> tuple[list[float], Outputs]:
-    """Microseconds a call, of each replay on this rank, and what the last of its calls returned."""
+) -> Timed:
     if not baseline.can_be_captured(world):
         return host_us(calls, world, graph_calls)
     return graph_us(baseline, calls, world, start, flush, graph_calls, replays)
@@ -103,7 +111,7 @@ def graph_us(
     flush: Flush,
     graph_calls: int,
     replays: int,
-) -> tuple[list[float], Outputs]:
+) -> Timed:
     def capture() -> tuple[torch.cuda.CUDAGraph, Outputs]:
         calls(2)  # communicators, lazily loaded kernels
         torch.cuda.synchronize()
@@ -123,12 +131,12 @@ def graph_us(
         torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    def all_of_them() -> tuple[list[float], Outputs]:
+    def all_of_them() -> Timed:
         times = timed([graph.replay] * (WARM_UPS + replays), start, flush)[WARM_UPS:]
         gemma_ar_norm.check()  # raises where one of our calls missed a peer
         copies = (outputs[0].clone(), outputs[1].clone())
         torch.cuda.synchronize()  # the graph goes, and its memory with it
-        return [us / graph_calls for us in times], copies
+        return Timed([us / graph_calls for us in times], copies, graph_calls)
 
     graph, outputs = agreed(capture)
     # The slowest rank's, so that all replay equally often.
@@ -168,7 +176,7 @@ def timed(works: list[Callable[[], None]], start: Start, flush: Flush) -> list[f
     )
 
 
-def host_us(calls: Calls, world: World, most: int) -> tuple[list[float], Outputs]:
+def host_us(calls: Calls, world: World, most: int) -> Timed:
     def seconds(count: int) -> float:
         dist.barrier()
         begin = time.perf_counter()
@@ -184,7 +192,7 @@ def host_us(calls: Calls, world: World, most: int) -> tuple[list[float], Outputs
     slowest = max(gather(agreed_seconds(1)))  # equal on all ranks, so that all call equally often
     count = min(most, max(1, int(EAGER_ROUND_S / slowest)))
     times = [agreed_seconds(count) / count * 1e6 for _ in range(EAGER_ROUNDS)]
-    return times, calls(most)
+    return Timed(times, calls(most), count)
 
 
 def copy_gb_s(world: World, start: Start) -> float:

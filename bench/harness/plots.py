@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from . import report as reports
 
 Cells = list[dict[str, Any]]
+MOST_LINES = 10  # of a panel; of more shapes in streams the best of each algorithm are drawn
 
 
 def problem() -> str | None:
@@ -23,11 +25,14 @@ def problem() -> str | None:
 
 def draw(report: reports.Report, prefix: str) -> list[Path]:
     """PREFIX_latency.png and PREFIX_roofline.png; a panel for each ranks, hidden, dtype, form."""
+    timed = [cell for cell in report["cells"] if cell["us"] is not None]
+    names = {cell["algorithm"] for cell in timed}
+    if report["harness"] == "streams" and len(names) > MOST_LINES:
+        timed = best_shapes(timed)
     panels: dict[tuple[Any, ...], dict[str, Cells]] = {}
-    for cell in report["cells"]:
-        if cell["us"] is not None:
-            panel = (cell["ranks"], cell["hidden"], cell["dtype"], cell["form"])
-            panels.setdefault(panel, {}).setdefault(cell["algorithm"], []).append(cell)
+    for cell in timed:
+        panel = (cell["ranks"], cell["hidden"], cell["dtype"], cell["form"])
+        panels.setdefault(panel, {}).setdefault(cell["algorithm"], []).append(cell)
     if not panels:
         raise ValueError("--plot: a measured cell is required; got none; see the table")
     drawn = []
@@ -36,6 +41,18 @@ def draw(report: reports.Report, prefix: str) -> list[Path]:
         _figure(report, panels, draw_panel, path)
         drawn.append(path)
     return drawn
+
+
+def best_shapes(cells: Cells) -> Cells:
+    """Of an algorithm's shapes ("one-shot/2/full") the fastest at each size, and all others."""
+    best: dict[Any, dict[str, Any]] = {}
+    for cell in cells:
+        algorithm, is_shape, _ = cell["algorithm"].partition("/")
+        one = {**cell, "algorithm": f"{algorithm}, best shape" if is_shape else algorithm}
+        old = best.setdefault(reports.key(one), one)
+        if one["us"] < old["us"]:
+            best[reports.key(one)] = one
+    return list(best.values())
 
 
 def _figure(
@@ -47,17 +64,23 @@ def _figure(
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     across = math.ceil(math.sqrt(len(panels)))
     down = math.ceil(len(panels) / across)
     figure, axes = pyplot.subplots(
         down, across, figsize=(6.5 * across, 4.5 * down), squeeze=False, layout="constrained"
     )
-    names = list(dict.fromkeys(cell["algorithm"] for cell in report["cells"]))
+    names = list(dict.fromkeys(name for by_algorithm in panels.values() for name in by_algorithm))
     colours = {name: f"C{i % 10}" for i, name in enumerate(names)}
     styles = {name: ("-", "--", ":")[i // 10 % 3] for i, name in enumerate(names)}
     for axis, (panel, by_algorithm) in zip(axes.flat, panels.items(), strict=False):
+        # First: a scale brings its own way to write the numbers.
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
         for algorithm, cells in by_algorithm.items():
             cells = sorted(cells, key=lambda cell: cell["rows"])
             draw_panel(axis, algorithm, cells, (colours[algorithm], styles[algorithm]))
@@ -66,8 +89,6 @@ def _figure(
             axis.axhline(copy, color="black", linewidth=1, label=f"copy, {copy:.0f} GB/s")
         ranks, hidden, dtype, form = panel
         axis.set_title(f"{ranks} ranks, hidden {hidden}, {dtype}, {form}", fontsize=10)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     for axis in axes.flat[len(panels) :]:
@@ -75,7 +96,7 @@ def _figure(
     where = f"{report['gpu']}, {report['placement']}, L2 {report['l2']}, {report['date']}"
     if report["gpu"] == "CPU":
         where = f"THESE TIMES MEAN NOTHING (no GPU). {where}"
-    figure.suptitle(where, fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(where, 85 * across)), fontsize=9)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -23,11 +23,14 @@ SHAPE = ("ranks", "hidden", "rows", "dtype", "form")  # of a cell, in the order 
 KEY = (*SHAPE, "algorithm")
 # What must be equal of two reports for their times to be compared.
 CONDITIONS = ("harness", "gpu", "gpus", "placement", "l2", "calls", "start", "environment")
+# And of reports that have it: older ones do not.
+OPTIONS = "options"
 
 
 @dataclass
 class Cell:
-    """One number of the table. us, p10, p90: a call, of the slowest rank; None: not timed."""
+    """One number of the table. us, p10, p90: a call, of the slowest rank; None: not timed.
+    replays, calls: of which they are, where those are not the report's."""
 
     ranks: int
     hidden: int
@@ -43,6 +46,12 @@ class Cell:
     multiprocessors: int | None = None
     copy_gb_s: float | None = None
     wrong: str = ""
+    replays: int | None = None
+    calls: int | None = None
+
+
+OF_NEWER_REPORTS = {"replays", "calls"}
+NUMBERS = ("us", "p10", "p90", "copy_gb_s")  # or None
 
 
 def summary(ranks_us: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -107,16 +116,28 @@ def load(path: str | Path) -> Report:
 def load_cells(path: str | Path) -> Report:
     """A report that has cells, with all that compare.py looks at."""
     report = load(path)
-    cells = report.get("cells")
+
+    def require(fine: bool, got: str) -> None:
+        if not fine:
+            what = "a report of bench_fused.py or streams/run.py is required"
+            raise ValueError(f"{path}: {what}; got {got}; run the benchmark again")
+
     missing = [name for name in ("complete", "cells", *CONDITIONS) if name not in report]
-    if isinstance(cells, list):
-        names = [f.name for f in fields(Cell)]
-        missing += sorted({name for cell in cells for name in names if name not in cell})
-    if missing:
-        raise ValueError(
-            f"{path}: a report of bench_fused.py or streams/run.py is required; got one without "
-            f"{', '.join(missing)}"
-        )
+    require(not missing, f"one without {', '.join(missing)}")
+    cells = report["cells"]
+    are_objects = isinstance(cells, list) and all(isinstance(cell, dict) for cell in cells)
+    require(are_objects, "cells that are no list of objects")
+    names = {f.name for f in fields(Cell)} - OF_NEWER_REPORTS
+    missing = sorted({name for cell in cells for name in names if name not in cell})
+    require(not missing, f"a cell without {', '.join(missing)}")
+    require(isinstance(report["placement"], str), f"the placement {report['placement']!r}")
+    for cell in cells:
+        for name in KEY:
+            kind = int if name in ("ranks", "hidden", "rows") else str
+            require(isinstance(cell[name], kind), f"a cell with {name} {cell[name]!r}")
+        for name in NUMBERS:
+            good = cell[name] is None or isinstance(cell[name], (int, float))
+            require(good, f"a cell with {name} {cell[name]!r}")
     return report
 
 
@@ -128,9 +149,13 @@ def stamp(path: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def no_place(option: str, path: str | None) -> str | None:
+def no_place(option: str, path: str | Path | None) -> str | None:
     """Why a file cannot be written at the end of a run, as far as one can tell before."""
-    if path is None or Path(path).absolute().parent.is_dir():
+    if path is None:
+        return None
+    # "there/" is a prefix of files in it, which the parent of Path("there/") would not show.
+    file = Path(f"{path}_latency.png") if option == "--plot" else Path(path)
+    if file.absolute().parent.is_dir() and not file.is_dir():
         return None
     return f"{option}: a file in a directory that exists is required; got {path}"
 
@@ -183,6 +208,7 @@ def published(report: Report) -> dict[tuple[int, int], float]:
             and report["gpus"] == 1
             and met["placement"] in report["placement"]
             and report["l2"] == met["l2"]
+            and report["calls"] == met["calls"]
         ):
             return {
                 (int(ranks), int(rows)): min(us for us in values if us is not None)
@@ -306,15 +332,19 @@ def notes(report: Report) -> list[str]:
     ]
     if any(not cell["captured"] and cell["us"] is not None for cell in report["cells"]):
         lines.append(
-            "* from the host, call by call: no CUDA graph can hold it, or there is no GPU."
+            "* by the host's clock, rounds of calls queued one after the other, whatever the L2 "
+            "has: no CUDA graph can hold it, or there is no GPU."
         )
+    fewer = sorted({c["replays"] for c in report["cells"] if c.get("replays") and c["captured"]})
+    if fewer:
+        lines.append(f"slow ones are of {fewer[0]} replays (the JSON says which)")
     if not published(report):
         lines.append(
             "/FlashInfer: of runs with a warm L2 on one H100 alone (bench/published.json)."
         )
     if report["environment"]:
         pairs = (f"{name}={value}" for name, value in report["environment"].items())
-        lines.append(f"no NVLink multicast: {', '.join(pairs)}")
+        lines.append(f"NVLink multicast: {', '.join(pairs)}")
     for skipped in report["skipped"]:
         lines.append(f"not run: {skipped['algorithm']}{_where(skipped)}: {skipped['reason']}")
     for cell in report["cells"]:

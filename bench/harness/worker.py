@@ -123,10 +123,13 @@ class _Run:
         progress = of_a_rank(self.world.rank, len(usable) * len(self.options.cases))
         prepared: dict[str, str] = {}  # the names of baselines that are, and why they could not be
         for case in self.options.cases:
-            inputs = self._inputs(case)
+            inputs, error = attempt(partial(self._inputs, case))  # there may be too little memory
             for baseline in usable:
                 progress.show(f"{baseline.name}, {case}")
-                self._one(baseline, case, inputs, prepared)
+                if error or inputs is None:
+                    self._skip(baseline, error, case)
+                else:
+                    self._one(baseline, case, inputs, prepared)
             del inputs
             gc.collect()
             self._save()
@@ -223,10 +226,11 @@ class _Run:
         )
         if error or timed is None:
             return failed(error)
-        times, outputs = timed
-        if wrong := check(outputs, options.calls):
+        if wrong := check(timed.outputs, options.calls):
             return cell(wrong=wrong)
-        cell(**reports.summary(gather(times)))
+        times = reports.summary(gather(timed.us))
+        replays = len(timed.us) if len(timed.us) != options.replays else None
+        cell(**times, replays=replays, calls=timed.calls if timed.calls != options.calls else None)
 
     def _skip(self, baseline: Baseline, reason: str, case: Case | None = None) -> None:
         for skipped in self.result["skipped"]:

@@ -108,7 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="where to write all numbers")
     given, options = parser.parse_known_args(arguments)
-    lines, exit_code = measure(cmake.build("links"), options)
+    if problem := reports.no_place("--json", given.json):
+        parser.error(problem)
+    try:
+        links = cmake.build("links")
+    except cmake.CannotBuildError as error:
+        print(error, file=sys.stderr)
+        return 2
+    lines, exit_code = measure(links, options)
     if lines:
         found = report_of(lines, complete=exit_code == 0)
         reports.note_commit(found["versions"])

@@ -67,23 +67,36 @@ inline std::vector<std::string> names_of(const std::string& option, const std::s
   return list;
 }
 
-// Blocks of a line "ranks N" and its rules, a line of numbers each (plan.Rule.numbers).
+// A rule of the plan, in a line of ten numbers (plan.Rule.numbers).
+inline PlanRule rule_of(const std::string& line) {
+  std::stringstream words(line);
+  uint32_t f[10];
+  for (uint32_t& field : f) words >> field;
+  constexpr size_t kAlgorithms = std::size(kAlgorithmNames);
+  if (!words || f[3] >= kAlgorithms || f[7] > static_cast<uint32_t>(Trigger::kAfterPush)) {
+    throw std::runtime_error(
+        "--rules: ten numbers a line are required, the fourth an algorithm and the eighth a "
+        "trigger; got " +
+        line);
+  }
+  return {f[0], f[1], f[2], Algorithm{f[3]}, f[4], f[5], f[6], Trigger{f[7]}, f[8], f[9]};
+}
+
+// Lines "ranks N", each before the rules for so many.
 inline std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& path) {
   std::map<uint32_t, std::vector<PlanRule>> rules;
   std::ifstream file(path);
   if (!file) throw std::runtime_error("--rules: a readable file is required; got " + path);
   uint32_t ranks = 0;
   for (std::string line; std::getline(file, line);) {
-    std::stringstream words(line);
-    if (line.rfind("ranks", 0) == 0) {
-      words >> line >> ranks;
-      continue;
+    const std::string word = "ranks ";
+    if (line.rfind(word, 0) == 0) {
+      ranks = number("--rules: ranks", line.substr(word.size()), {2, kMaxRanks});
+    } else if (ranks == 0) {
+      throw std::runtime_error("--rules: a line \"ranks N\" is required first; got " + line);
+    } else {
+      rules[ranks].push_back(rule_of(line));
     }
-    uint32_t f[10];
-    for (uint32_t& field : f) words >> field;
-    if (!words) throw std::runtime_error("--rules: ten numbers a line are required; got " + line);
-    rules[ranks].push_back(
-        {f[0], f[1], f[2], Algorithm{f[3]}, f[4], f[5], f[6], Trigger{f[7]}, f[8], f[9]});
   }
   return rules;
 }
@@ -93,7 +106,7 @@ struct Options {
   std::vector<std::string> algorithms{"one_shot", "two_shot"};
   uint32_t hidden = 4096, threads = 512, trigger = 2, rounds = 1, gpus = 1;
   std::string form = "residual", rules, json;
-  bool only_multiprocessors = false;
+  bool only_device = false;
 };
 
 inline Options parse(int argc, char** argv) {
@@ -126,8 +139,8 @@ inline Options parse(int argc, char** argv) {
       o.rounds = number(name, value, {1, kMany});
     } else if (name == "--trigger") {
       o.trigger = number(name, value, {0, 2});
-    } else if (name == "--sms") {
-      o.only_multiprocessors = true;
+    } else if (name == "--device") {
+      o.only_device = true;
     } else if (name == "--form") {
       o.form = name_of(name, value, {"plain", "residual", "sandwich"});
     } else if (name == "--rules") {

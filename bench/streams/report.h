@@ -79,6 +79,8 @@ class Report {
                               : "on the device: a fused call of one row")
          << ",\n \"l2\": \"warm\",\n \"calls\": " << kCallsAGraph
          << ",\n \"replays\": " << kReplays * o_.rounds
+         << ",\n \"options\": {\"threads\": " << o_.threads << ", \"trigger\": " << o_.trigger
+         << "}"
          << ",\n \"seed\": null,\n \"environment\": {},\n \"skipped\": [],\n \"cells\": [";
     for (size_t i = 0; i < cells_.size(); ++i) file << (i == 0 ? "\n  " : ",\n  ") << cells_[i];
     file << "\n ]\n}\n";

@@ -3,8 +3,7 @@
     python bench/streams/run.py [--gpus N] [--json FILE] [--plot PREFIX] [options of streams.cu]
 
 Prints the table, and writes the JSON and the plots, of bench_fused.py (bench/README.md). Needs nvcc
-and CMake, neither torch nor the installed package. The GPU's multiprocessors and compute capability
-are asked of nvidia-smi and of streams itself.
+and CMake, neither torch nor the installed package. The plan is for the GPU that streams finds.
 """
 
 from __future__ import annotations
@@ -39,16 +38,11 @@ def load_plan():
     return plan
 
 
-def compute_capability() -> tuple[int, int]:
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    first = subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    major, minor = first.split(".")
-    return int(major), int(minor)
-
-
 def rules_of(ranks: int, gpus: int, multiprocessors: int, capability: tuple[int, int]):
-    """The plan as it would be for one rank a GPU with as many SMs as a rank has here: with early
-    start of kernels. The calls of a run all have one shape, so that two of them fit into a share.
+    """The plan for shares of SMs that are the ranks' alone, as GPUs of that size would be: with
+    early start of kernels, which ranks that share a GPU do not have. The calls of a run all have
+    one shape, so that two of them fit into a share. One-shot or two-shot: as for ranks on as many
+    GPUs as there are.
 
     multiprocessors: of a GPU, which those of its ranks share.
     """
@@ -65,12 +59,12 @@ def rules_of(ranks: int, gpus: int, multiprocessors: int, capability: tuple[int,
 
 
 def write_rules(path: Path, streams: Path, gpus: int) -> None:
-    capability = compute_capability()
-    sms = subprocess.run([streams, "--sms", "-"], check=True, capture_output=True).stdout
+    asked = subprocess.run([streams, "--device", "-"], check=True, stdout=subprocess.PIPE)
+    multiprocessors, major, minor = map(int, asked.stdout.split())
     with path.open("w") as file:
         for ranks in RANKS:
             print("ranks", ranks, file=file)
-            for rule in rules_of(ranks, gpus, int(sms), capability):
+            for rule in rules_of(ranks, gpus, multiprocessors, (major, minor)):
                 print(*rule.numbers, file=file)
 
 
@@ -117,11 +111,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(problem)
     if given.gpus < 1:
         parser.error(f"--gpus: 1 or more are required; got {given.gpus}")
-    streams = cmake.build("streams")
+    try:
+        streams = cmake.build("streams")
+    except cmake.CannotBuildError as error:
+        print(error, file=sys.stderr)
+        return 2
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every rank's stream
     with tempfile.TemporaryDirectory() as directory:
         rules = Path(directory) / "rules.txt"
-        write_rules(rules, streams, given.gpus)
+        try:
+            write_rules(rules, streams, given.gpus)
+        except subprocess.CalledProcessError:  # it has said why
+            return 2
         file = Path(given.json or Path(directory) / "report.json")
         old = reports.stamp(file)
         exit_code = measure(streams, rules, file, ["--gpus", str(given.gpus), *options])

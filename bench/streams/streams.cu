@@ -6,18 +6,18 @@
 //   streams [--ranks 2,4,8] [--gpus 1] [--hidden 4096] [--rows 1,8,64]
 //           [--form plain|residual|sandwich] [--algorithms one_shot,two_shot] [--teams 1,2,4,8]
 //           [--leads 1] [--resident 2,1] [--threads 512] [--trigger 2] [--rounds 1]
-//           [--rules FILE] [--json FILE] [--sms -]
+//           [--rules FILE] [--json FILE] [--device -]
 //
-// --sms prints the number of multiprocessors and ends. --gpus: rank r is on GPU r % gpus; with a
-// GPU a rank each has all its SMs. A line for each algorithm, number of blocks a team, and lead of
-// the pushes (two-shot), and one for the plan with --rules (bench/streams/run.py writes the file),
-// with its algorithm. Of the floor the fastest of the same shapes. --resident: how many kernels of
-// a rank fit on its SMs at once: with 2 the next one starts early (PDL), with 1 a launch has twice
-// the blocks, and none starts early; "/full" marks those. --rounds: how often all are measured in
-// turn; a line is of the replays of all rounds. --trigger: when a kernel lets the next one start
-// (0 never, 1 at its start, 2 after its pushes). --json: all numbers, in the schema of
-// bench/README.md. Outputs of all ways must have the same bits, or the program fails. timing.cuh
-// says how it is timed.
+// --device prints the number of multiprocessors and the compute capability, and ends. --gpus: rank
+// r is on GPU r % gpus; with a GPU a rank each has all its SMs. A line for each algorithm, number
+// of blocks a team, and lead of the pushes (two-shot), and one for the plan with --rules
+// (bench/streams/run.py writes the file), with its algorithm. Of the floor the fastest of the same
+// shapes. --resident: how many kernels of a rank fit on its SMs at once: with 2 the next one starts
+// early (PDL), with 1 a launch has twice the blocks, and none starts early; "/full" marks those.
+// --rounds: how often all are measured in turn; a line is of the replays of all rounds. --trigger:
+// when a kernel lets the next one start (0 never, 1 at its start, 2 after its pushes). --json: all
+// numbers, in the schema of bench/README.md. Outputs of all ways must have the same bits, or the
+// program fails. timing.cuh says how it is timed.
 #include <algorithm>
 #include <cstdio>
 #include <map>
@@ -87,8 +87,8 @@ void run(const Options& o) {
   const uint32_t most_ranks = *std::max_element(o.ranks.begin(), o.ranks.end());
   const uint32_t most_rows = *std::max_element(o.rows.begin(), o.rows.end());
   const DeviceInfo device = open_gpus(std::min(o.gpus, most_ranks));
-  if (o.only_multiprocessors) {
-    std::printf("%d\n", device.multiprocessors);
+  if (o.only_device) {
+    std::printf("%d %d %d\n", device.multiprocessors, device.major, device.minor);
     return;
   }
   Report report(o, device);

@@ -11,6 +11,7 @@
 #pragma once
 #include <algorithm>
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "device/gpu.cuh"
@@ -90,6 +91,7 @@ class RankStream {
     check(cudaGraphLaunch(graph, stream_));
     check(cudaEventRecord(end_[i], stream_));
   }
+  bool has_begun() const { return cudaEventQuery(begin_[0]) == cudaSuccess; }
   double us(int i) const {
     DeviceScope scope(device_);
     float ms = 0;
@@ -228,6 +230,9 @@ class Timing {
         ranks_[r]->replay(i, graphs[r]);
       });
     }
+    // Else the time of the host is in those of the GPUs.
+    if (std::any_of(ranks_.begin(), ranks_.end(), [](const auto& r) { return r->has_begun(); }))
+      throw std::runtime_error("streams: a host that queues all replays in 50 ms is required");
     go_.set(0, 1);
   }
 

@@ -95,6 +95,8 @@ def test_two_cpu_ranks(tmp_path):
         (["--ranks", "0"], "--ranks: 1 or more is required; got 0"),
         (["--timeout", "-1"], "--timeout: more than 0 seconds are required; got -1"),
         (["--json", "/nowhere/a"], "--json: a file in a directory that exists is required; got /"),
+        (["--json", "/"], "--json: a file in a directory that exists is required; got /"),
+        (["--plot", "nowhere/"], "--plot: a file in a directory that exists is required; got no"),
         (["--hidden", "12"], "--hidden: a multiple of 8 up to 16384"),
         (["--algorithms", "ncll"], "--algorithms: the start of one of floor, ours/auto"),
         (["--replays", "0"], "--replays: 1 or more is required; got 0"),
@@ -112,7 +114,22 @@ def test_torchrun_says_how_many_ranks_there_are(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         bench_fused.main(["--ranks", "4"])
-    assert "--ranks: 2, as torchrun has started, are required; got 4" in capsys.readouterr().err
+    assert "--ranks: 2, as torchrun has started (RANK and" in capsys.readouterr().err
+
+
+def test_a_rank_alone_is_not_torchruns(monkeypatch):
+    """Some batch systems set it."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    started = []
+
+    def run(command, ranks, **options):
+        started.append(ranks)
+        return types.SimpleNamespace(exit_code=0, transcript=str, placement="p", reason="")
+
+    monkeypatch.setattr(launcher, "run", run)
+    assert bench_fused.main(["--ranks", "4"]) == 0
+    assert started == [4]
 
 
 def test_a_case_that_is_named_twice_is_measured_once():
@@ -257,6 +274,31 @@ def test_what_fails_is_skipped_with_its_reason(one_rank, monkeypatch):
     ]
 
 
+def test_a_case_without_memory_for_its_inputs_is_skipped(one_rank, monkeypatch):
+    def random(case, *_):
+        raise MemoryError(f"none for {case.rows} rows")
+
+    monkeypatch.setattr(cases.Inputs, "random", random)
+    report = run_of(monkeypatch, one_rank, baselines.Floor(), baselines.Ours("auto", ""))
+    assert report["complete"]
+    assert report["cells"] == []
+    reasons = [(skipped["algorithm"], skipped["reason"]) for skipped in report["skipped"]]
+    why = "MemoryError: none for 3 rows"
+    assert reasons == [("floor", why), ("ours/auto", why)]
+
+
+def test_a_cell_says_of_how_many_replays_and_calls_it_is(one_rank, monkeypatch):
+    """Where those are not the report's: here 7 rounds, of fewer calls where a call is slow."""
+    report = run_of(monkeypatch, one_rank, baselines.Floor())
+    assert (report["replays"], report["cells"][0]["replays"]) == (5, measure.EAGER_ROUNDS)
+    monkeypatch.setattr(measure, "EAGER_ROUNDS", 5)
+    monkeypatch.setattr(measure, "EAGER_ROUND_S", 0.0)
+    monkeypatch.setattr(worker, "all_baselines", lambda: [baselines.Floor()])
+    options = worker.Options([CASE], [], calls=3, replays=5, warm_l2=True)
+    (cell,) = worker._Run(options, one_rank, {}, None).report()["cells"]
+    assert (cell["replays"], cell["calls"]) == (None, 1)
+
+
 def test_ranks_stay_together_when_one_fails(monkeypatch):
     """Rank 1 of two fails, rank 0 does not: rank 0 hears of it, once."""
     monkeypatch.setattr(agree, "gather", lambda message: [message, "OSError: no memory"])
@@ -388,11 +430,11 @@ def test_replays_begin_together_and_with_a_flushed_l2(one_rank, monkeypatch):
         counts.append(count)
         return torch.ones(2), torch.zeros(2)
 
-    us, outputs = measure.measure(baselines.Floor(), calls, gpu, start, flush, 4, 2)
-    assert (counts, cuda.captures) == ([2, 4], 1)
-    assert cases.same_bits(outputs, (torch.ones(2), torch.zeros(2)))
+    timed = measure.measure(baselines.Floor(), calls, gpu, start, flush, 4, 2)
+    assert (counts, cuda.captures, timed.calls) == ([2, 4], 1, 4)
+    assert cases.same_bits(timed.outputs, (torch.ones(2), torch.zeros(2)))
     # From the event before a replay to that after it are 2 of the fake's units, ms each.
-    assert us == [500.0, 500.0]
+    assert timed.us == [500.0, 500.0]
     one = ["flush", "start", "event", "replay", "event"]
     first = ["synchronize", "start", "replay", "synchronize", "sleep"]
     assert cuda.queued == [*first, *one * (measure.WARM_UPS + 2), "synchronize", "synchronize"]
@@ -664,7 +706,9 @@ def test_ratios():
     assert reports.ratios(made_report(cells, **streams))[1]["flashinfer"] == 3 / 4.4
     for changes in (
         {"l2": "cold"},
+        {"calls": 5},
         {"gpu": "NVIDIA H200"},
+        {"gpu": "NVIDIA H100 PCIe"},
         {"gpus": 2},
         {**streams, "gpus": 2},
         {**streams, "gpus": 2, "placement": "2 GPUs, one rank each"},
@@ -700,7 +744,10 @@ def test_a_table_of_a_gpu():
     assert "66 multiprocessors a rank" in text
     assert "1 x NVIDIA H100 80GB HBM3, driver 580.1; torch 2.11.0" in text
     assert "not run: vllm + norm: why" in text
-    assert "no NVLink multicast: NCCL_NVLS_ENABLE=0" in text
+    assert "NVLink multicast: NCCL_NVLS_ENABLE=0" in text
+    assert "slow ones" not in text
+    few = reports.table(made_report([made_cell("ours/auto", 3.0, replays=3)]))
+    assert "slow ones are of 3 replays" in few
     assert "MEAN NOTHING" not in text
     assert "NOT COMPLETE" in reports.table(made_report(cells, complete=False))
 
@@ -747,6 +794,8 @@ def streams_source(name: str) -> str:
 
 def test_streams_writes_the_schema():
     source = streams_source("report.h")
+    assert f'\\"{reports.OPTIONS}\\": ' in source
+    assert f"`{reports.OPTIONS}`" in (BENCH / "README.md").read_text()
     keys = set(reports.as_cell(reports.Cell(2, 8, 1, "bf16", "plain", "floor")))
     for name in (set(made_report([])) | keys) - {"cells"}:
         assert f'\\"{name}\\": ' in source, name
@@ -765,6 +814,12 @@ PARSE = r"""
 
 int main(int argc, char** argv) {
   try {
+    if (argc == 2 && argv[1][0] == '/') {
+      const auto rules = gan::streams::read_rules(argv[1]);
+      std::printf("%zu of 2, %zu of 8", rules.count(2) ? rules.at(2).size() : 0,
+                  rules.count(8) ? rules.at(8).size() : 0);
+      return 0;
+    }
     const gan::streams::Options o = gan::streams::parse(argc, argv);
     std::printf("%zu %u %s", o.ranks.size(), o.hidden, o.form.c_str());
   } catch (const std::exception& error) {
@@ -831,7 +886,45 @@ def test_streams_refuses_options(parse, options, said):
 def test_streams_takes_options(parse):
     wanted = "--ranks 2,4,8 --hidden 5376 --form sandwich --teams 1,8 --rows 1,1024 --rounds 3"
     assert parse(wanted) == (0, "3 5376 sandwich")
-    assert parse("--sms -")[0] == 0
+    assert parse("--device -")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["ranks 2", "1 2 3 0 4 5 6 2 7 8", "1 2 3 1 4 5 6 0 7 8"], "2 of 2, 0 of 8"),
+        (["ranks 2", "ranks 8", "1 2 3 0 4 5 6 2 7 8"], "0 of 2, 1 of 8"),
+        (["1 2 3 0 4 5 6 2 7 8"], '--rules: a line "ranks N" is required first; got 1 2'),
+        (["ranks"], '--rules: a line "ranks N" is required first; got ranks'),
+        (["ranks two"], "--rules: ranks: a whole number from 2 to 8 is required; got two"),
+        (["ranks 9"], "--rules: ranks: a whole number from 2 to 8 is required; got 9"),
+        (["ranks 2", "1 2 3 0 4 5"], "--rules: ten numbers a line are required"),
+        (["ranks 2", "1 2 3 2 4 5 6 2 7 8"], "the fourth an algorithm and the eighth a trigger"),
+        (["ranks 2", "1 2 3 1 4 5 6 3 7 8"], "got 1 2 3 1 4 5 6 3 7 8"),
+    ],
+)
+def test_streams_reads_rules(parse, tmp_path, lines, said):
+    file = tmp_path / "rules.txt"
+    file.write_text("\n".join([*lines, ""]))
+    assert said in parse(str(file))[1]
+
+
+def test_programs_that_cannot_be_built_say_why(streams_run, monkeypatch, capsys):
+    def missing(*_, **__):
+        raise FileNotFoundError("cmake")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert streams_run.main([]) == 2
+    assert "CMake and Ninja are required; got none" in capsys.readouterr().err
+
+    def failing(command, **_):
+        raise subprocess.CalledProcessError(4, command)
+
+    monkeypatch.setattr(subprocess, "run", failing)
+    assert streams_run.main([]) == 2
+    assert "streams: a build that works is required; got exit code 4" in capsys.readouterr().err
+    monkeypatch.setattr(streams_run.cmake, "build", lambda target: target)
+    assert streams_run.main([]) == 2  # of the program itself, which says why
 
 
 @pytest.mark.parametrize(
@@ -862,9 +955,8 @@ def test_streams_plans_for_its_placement(streams_run, ranks, gpus, multiprocesso
 
 def test_streams_is_given_the_number_of_gpus(streams_run, monkeypatch, tmp_path, capsys):
     def streams(command, **_):
-        if command[1:] == ["--sms", "-"]:
-            return types.SimpleNamespace(stdout=b"132\n")
-        return types.SimpleNamespace(stdout="9.0\n9.0\n")
+        assert command[1:] == ["--device", "-"]
+        return types.SimpleNamespace(stdout=b"132 9 0\n")
 
     asked: list[tuple[list[str], str]] = []
 
@@ -997,8 +1089,24 @@ def test_plots(tmp_path):
     drawn = plots.draw(made_report(cells), str(tmp_path / "a"))
     assert [path.name for path in drawn] == ["a_latency.png", "a_roofline.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    shapes = [f"two-shot/{blocks}/{lead}" for blocks in (1, 2, 4, 8) for lead in (1, 2, 3)]
+    of_streams = made_report([made_cell(name, 2.0) for name in shapes], harness="streams")
+    assert len(plots.draw(of_streams, str(tmp_path / "c"))) == 2
     with pytest.raises(ValueError, match="a measured cell is required"):
         plots.draw(made_report([made_cell("floor", None)]), str(tmp_path / "b"))
+
+
+def test_of_many_shapes_the_best_are_drawn():
+    cells = [made_cell("plan", 3.0), made_cell("floor", 1.0)]
+    cells += [made_cell("one-shot/1", 5.0), made_cell("one-shot/2/full", 4.0)]
+    cells += [made_cell("one-shot/1", 6.0, rows=9), made_cell("one-shot/2/full", 7.0, rows=9)]
+    drawn = [(cell["algorithm"], cell["rows"], cell["us"]) for cell in plots.best_shapes(cells)]
+    assert drawn == [
+        ("plan", 8, 3.0),
+        ("floor", 8, 1.0),
+        ("one-shot, best shape", 8, 4.0),
+        ("one-shot, best shape", 9, 6.0),
+    ]
 
 
 def test_plots_without_matplotlib(monkeypatch, capsys):
@@ -1045,14 +1153,30 @@ def test_compare_says_what_is_slower_and_missing(tmp_path, capsys):
     assert "new: new, 2 ranks" in said
     assert "ours/auto" in said.splitlines()[3]
     assert "+10.0%" in said.splitlines()[3]
-    assert "2 cells: 1 slower by more than 5%, 1 faster, 0 wrong now" in said
+    said = said.splitlines()[-1]
+    assert said.startswith("2 cells: 1 slower by more than 5%, 1 faster, 0 wrong now, 0 of ours")
     assert compared(tmp_path, made_report(BEFORE), made_report(after), "--percent", "11") == 0
 
 
 def test_compare_finds_nothing(tmp_path, capsys):
     after = [made_cell("floor", 2.09), made_cell("ours/auto", 2.9), made_cell("vllm + norm", 9.0)]
     assert compared(tmp_path, made_report(BEFORE), made_report(after)) == 0
-    assert capsys.readouterr().out == ("3 cells: 0 slower by more than 5%, 0 faster, 0 wrong now\n")
+    assert capsys.readouterr().out == (
+        "3 cells: 0 slower by more than 5%, 0 faster, 0 wrong now, 0 of ours without a time now\n"
+    )
+
+
+def test_compare_finds_that_ours_has_no_time_any_more(tmp_path, capsys):
+    """At a size that others have one at; a size that nothing has was not asked for."""
+    before, gone = made_report(BEFORE), "1 of ours without a time now"
+    for after in (BEFORE[:1], [*BEFORE[:1], made_cell("ours/auto", None)]):
+        assert compared(tmp_path, before, made_report(after)) == 1
+        assert gone in capsys.readouterr().out
+    more = made_report([*BEFORE, made_cell("ours/auto", 5.0, rows=9)])
+    assert compared(tmp_path, more, before) == 0
+    streams = {"harness": "streams"}
+    before, after = [made_cell("floor", 2.0), made_cell("plan", 3.0)], [made_cell("floor", 2.0)]
+    assert compared(tmp_path, made_report(before, **streams), made_report(after, **streams)) == 1
 
 
 def test_compare_what_came_to_be_wrong(tmp_path, capsys):
@@ -1081,6 +1205,32 @@ def test_compare_refuses_other_conditions(tmp_path, capsys, name, value):
     assert compared(tmp_path, before, after, "--force") == 0
 
 
+def test_compare_refuses_other_options_of_streams(tmp_path, capsys):
+    """Where both reports have them."""
+    one, other = (made_report(BEFORE, options={"threads": n, "trigger": 2}) for n in (512, 256))
+    assert compared(tmp_path, one, other) == 2
+    assert "options: {'threads': 512" in capsys.readouterr().err
+    assert compared(tmp_path, one, one) == 0
+    assert compared(tmp_path, one, made_report(BEFORE)) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"cells": None}, "cells that are no list of objects"),
+        ({"cells": [None]}, "cells that are no list of objects"),
+        ({"placement": None}, "the placement None"),
+        ({"cells": [made_cell("floor", "2")]}, "a cell with us '2'"),
+        ({"cells": [made_cell("floor", 2.0, copy_gb_s=[])]}, "a cell with copy_gb_s []"),
+        ({"cells": [made_cell(["floor"], 2.0)]}, "a cell with algorithm ['floor']"),
+        ({"cells": [made_cell("floor", 2.0, rows="8")]}, "a cell with rows '8'"),
+    ],
+)
+def test_compare_refuses_values_of_another_kind(tmp_path, capsys, changes, said):
+    assert compared(tmp_path, made_report(BEFORE), {**made_report(BEFORE), **changes}) == 2
+    assert f"got {said}; run the benchmark again" in capsys.readouterr().err
+
+
 def test_compare_refuses_what_is_not_complete(tmp_path, capsys):
     before, after = made_report(BEFORE), made_report(BEFORE[:2], complete=False)
     assert compared(tmp_path, before, after) == 2
@@ -1105,7 +1255,7 @@ def test_compare_refuses_what_lacks_something(tmp_path, capsys):
         assert compared(tmp_path, made_report(BEFORE), report) == 2
         said = capsys.readouterr().err
         assert "after.json: a report of bench_fused.py or streams/run.py is required; got" in said
-        assert f"one without {missing}" in said
+        assert f" without {missing}" in said
     with pytest.raises(SystemExit):
         compared(tmp_path, made_report(BEFORE), made_report(BEFORE), "--percent", "-1")
     assert "--percent: 0 or more is required; got -1" in capsys.readouterr().err

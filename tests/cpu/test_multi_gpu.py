@@ -31,6 +31,8 @@ GPUS2 = {
     "placement": "2 GPUs, one rank each",
     "l2": "cold",
     "start": "on the device: a fused call of one row",
+    "calls": 20,
+    "environment": {},
 }
 
 
@@ -53,6 +55,8 @@ def made_files(directory: Path) -> tuple[Path, Path]:
         *cells_of(4, floor=2.0, one=6.0, two=5.0, auto=6.0, nccl=9.0),
     ]
     links = {
+        "schema": 1,
+        "harness": "links",
         "gpus": 2,
         "latency_ns": [
             {"from": 0, "to": 0, "packs": 1, "ns": 300.0},
@@ -129,7 +133,41 @@ def test_reports_that_say_nothing_are_refused(tmp_path, capsys):
     assert crossovers.main([str(report)]) == 2
     assert "cells of ours/auto are required" in capsys.readouterr().err
     assert crossovers.main([str(tmp_path / "none.json")]) == 2
+    report, links = made_files(tmp_path)
     assert crossovers.main([str(report), "--links", str(report)]) == 2
+    assert "a report of links/run.py is required; got another" in capsys.readouterr().err
+    assert crossovers.main([str(links)]) == 2
+    assert "a report of bench_fused.py or streams/run.py is required" in capsys.readouterr().err
+    links.write_text("[1]")
+    assert crossovers.main([str(report), "--links", str(links)]) == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        crossovers.main([str(report), "--json", "/nowhere/a.json"])
+    assert "--json: a file in a directory that exists is required" in capsys.readouterr().err
+
+
+def test_reports_of_other_conditions_are_not_mixed(tmp_path, capsys):
+    report, _ = made_files(tmp_path)
+    other = tmp_path / "other.json"
+    more = {"gpus": 4, "placement": "4 GPUs, one rank each"}
+    other.write_text(json.dumps({**json.loads(report.read_text()), **more}))
+    assert crossovers.main([str(report), str(other)]) == 0
+    other.write_text(json.dumps({**json.loads(report.read_text()), "l2": "warm"}))
+    assert crossovers.main([str(report), str(other)]) == 2
+    assert "l2: one for all reports is required; got cold, warm" in capsys.readouterr().err
+
+
+def test_dtypes_and_forms_have_crossovers_of_their_own(tmp_path, capsys):
+    report, _ = made_files(tmp_path)
+    content = json.loads(report.read_text())
+    content["cells"] += [{**cell, "form": "sandwich"} for cell in content["cells"][:5]]
+    content["cells"] += [{**cell, "dtype": "fp32"} for cell in content["cells"][:5]]
+    report.write_text(json.dumps(content))
+    assert crossovers.main([str(report)]) == 0
+    said = capsys.readouterr().out
+    assert "hidden 4096 bf16 residual: one-shot is no slower up to 16384 bytes; two-" in said
+    assert "hidden 4096 bf16 sandwich: one-shot is no slower up to 8192 bytes\n" in said
+    assert "hidden 4096 fp32 residual: one-shot is no slower up to 16384 bytes\n" in said
 
 
 # -------------------------------------------------------------------------------------- the script
