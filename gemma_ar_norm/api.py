@@ -74,7 +74,7 @@ def fused_allreduce_gemma_rmsnorm(
     """
     if torch.is_grad_enabled():
         ops.refuse_gradients(x=x, weight=weight, residual=residual, post_weight=post_weight)
-        if isinstance(out, tuple) and len(out) == 2:
+        if isinstance(out, (tuple, list)) and len(out) == 2:
             ops.refuse_gradients(norm_out=out[0], residual_out=out[1])
     if is_dynamo_compiling():
         name = groups.name_for_compile(group)
@@ -133,6 +133,7 @@ def _call(
 
 # ---------------------------------------------------------------------------------------- explain
 
+NO_LIMIT = 2**64 - 1
 MOST = 1 << 46  # rows, or elements of a row, that explain() takes: no tensor has as many
 
 
@@ -145,7 +146,8 @@ class Explanation:
         the group's all-reduce, then our add-and-norm kernel. "local": one rank, our add-and-norm
         kernel. "cpu": all-gather, then torch. "undecided": the group has no workspace yet, and
         `init` will tell. Of a call of several launches: that of the first.
-    launches: kernel launches of ours. blocks, threads: of the first; 0 where the path is not fused.
+    launches: kernel launches of ours, 0 for 0 rows. blocks, threads: of the first; 0 where the path
+        is not fused.
     evidence: where the plan's rule for the first launch comes from; "" where the path is not fused.
     """
 
@@ -218,29 +220,37 @@ def explain(
 
     if device.type == "cpu":
         return answer("cpu", "the tensors are on the CPU")
+    norms = 1 if rows > 0 else 0
     if me.size == 1:
         reason = "one rank: there is nothing to reduce"
         ops.refuse_fused(algorithm, reason)
-        return answer("local", reason, launches=1)
+        return answer("local", reason, launches=norms)
     if algorithm == "unfused":
         ops.refuse_unfused(me)
-        return answer("unfused", "asked for by algorithm", launches=1)
+        return answer("unfused", "asked for by algorithm", launches=norms)
     if found is None or found.closed:
         return answer("undecided", "no workspace yet; init(group), or the first call, makes one")
     if not found.fused:
         ops.refuse_fused(algorithm, found.reason)
-        return answer("unfused", found.reason, launches=1)
+        return answer("unfused", found.reason, launches=norms)
     if rows == 0:
         path = algorithm if algorithm in plan.FUSED_ALGORITHMS else "one_shot"
         return answer(path, "0 rows: nothing is launched")
     row_packs = hidden_size * dtype.itemsize // plan.PACK_BYTES
     numbers = [rule.numbers for rule in found.rules]
-    arguments = (numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
-    first = _C.launches(*arguments, limit=1)[0]
+
+    def planned(rows: int, limit: int) -> Any:
+        arguments = (numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
+        return _C.launches(*arguments, limit=limit)
+
+    first = planned(rows, 1)[0]
+    # Launches are alike until less is left than an inbox takes: two of them are more than that.
+    alike = max(0, rows // first["rows"] - 2)
+    launches = alike + len(planned(rows - alike * first["rows"], NO_LIMIT))
     return answer(
         plan.FUSED_ALGORITHMS[first["algorithm"]],
         found.reason,
-        launches=-(-rows // first["rows"]),  # all but the last take as many
+        launches=launches,
         blocks=first["teams"] * first["blocks_a_team"],
         threads=first["threads"],
         evidence=found.rules[first["rule"]].evidence,

@@ -195,6 +195,7 @@ def read_layer(forward: Callable[..., Any]) -> list[ReadBlock]:
 
     Raises Unknown with the first statement that is of no kind known here.
     """
+    known = {"", *inspect.signature(inspect.unwrap(forward)).parameters}
     blocks: list[ReadBlock] = []
     state = "between"  # blocks; then "residual" kept, "normed", "mixed"
     for statement in statements_of(forward):
@@ -204,7 +205,7 @@ def read_layer(forward: Callable[..., Any]) -> list[ReadBlock]:
         elif state == "residual" and (norm := _norm_of(text)):
             blocks.append(ReadBlock(norm))
             state = "normed"
-        elif state == "normed" and (calls := _calls_of(statement)):
+        elif state == "normed" and (calls := _calls_of(statement)) and _names(calls) <= known:
             blocks[-1].calls = calls
             state = "mixed"
         elif state == "mixed" and text == _UNPACK:
@@ -226,6 +227,10 @@ _ADD = (
     "hidden_states = residual + self.dropout(hidden_states)",
 )
 _UNPACK = "if isinstance(hidden_states, tuple):\n    hidden_states, _ = hidden_states"
+
+
+def _names(calls: dict[str, Call]) -> set[str]:
+    return {argument.name for call in calls.values() for argument in call.arguments}
 
 
 def _norm_of(text: str) -> str | None:
@@ -263,7 +268,8 @@ def _calls_of(statement: ast.stmt) -> dict[str, Call]:
         else:
             return {}
     passes_on = any(keyword.arg is None for keyword in call.keywords)
-    if given != ["hidden_states"] or (arguments and not passes_on):
+    # All of **kwargs goes to a mixer with arguments of its own, and nothing to one without.
+    if given != ["hidden_states"] or bool(arguments) != passes_on:
         return {}
     return {match[1]: Call(tuple(arguments), target != "hidden_states")}
 

@@ -170,7 +170,9 @@ def norm_forward(norm: Any, before: Handoff) -> Callable[..., Any]:
 def embedding_forward(
     partial: Callable[[Tensor], Tensor], norm: Any, behind: Handoff, group: Any
 ) -> Callable[..., Any]:
-    """The embedding's forward, which computes the first layer's norm too."""
+    """The embedding's forward, which computes the first layer's norm too. Anyone may call it, and
+    write to what it returns, before the layers run: so where writes are not counted the norm is
+    computed again."""
 
     def forward(input_ids: Tensor) -> Tensor:
         _refuse_gradients()
@@ -181,7 +183,7 @@ def embedding_forward(
             weight_bias=WEIGHT_BIAS,
             group=group,
         )
-        if not are_watched((norm,)):
+        if _writes(hidden) is not None and not are_watched((norm,)):
             behind.put(hidden, normed)
         return hidden
 

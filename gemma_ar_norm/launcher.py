@@ -110,7 +110,7 @@ def placed(ranks: int, gpus: int | None = None, *, mps: bool = True) -> Iterator
     gpus: 0 for the CPU; all that there are unless given. mps: False to time-slice.
     """
     if ranks < 1:
-        raise ValueError(f"ranks: must be at least 1; got {ranks}; ask for one process or more")
+        raise ValueError(f"ranks: 1 or more is required; got {ranks}; ask for one process or more")
     gpus = gpu_count() if gpus is None else gpus
     gpus = min(gpus, ranks)
     if gpus == 0 or ranks <= gpus:
@@ -309,7 +309,9 @@ def run(
     [rank 1] hello
     """
     if show not in ("prefixed", "rank0", "nothing"):
-        raise ValueError(f"show: must be 'prefixed', 'rank0' or 'nothing'; got {show!r}")
+        raise ValueError(
+            f"show: 'prefixed', 'rank0' or 'nothing' is required; got {show!r}; pass 'prefixed'"
+        )
     with (
         _ended_by_signals(),
         placed(ranks, gpus, mps=mps) as placement,

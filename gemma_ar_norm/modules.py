@@ -210,8 +210,8 @@ def read_norm(name: str, norm: Any, weight_bias: float) -> tuple[nn.Parameter, f
     if weight.device.type != "meta" and not _computes(norm, weight, eps, weight_bias):
         raise ValueError(
             f"{name}: v / sqrt(mean(v^2) + {eps:g}) * ({weight_bias:g} + weight) in fp32, rounded "
-            f"once, is required; {type(norm).__name__} computes something else; pass its own "
-            "weight_bias (Gemma 3n and 4: 0), or leave it as it is"
+            f"once, is required; got {type(norm).__name__}, which computes something else; pass "
+            "its own weight_bias (Gemma 3n and 4: 0), or leave it as it is"
         )
     return weight, eps
 

@@ -601,3 +601,6 @@ for _name_of_op, _op in (
     ("add_rmsnorm.out", add_rmsnorm_out),
 ):
     _library.impl(_name_of_op, _with_negatives(_op), "Negative")
+# A collective: torch.compile keeps a call of which nobody takes the results, for the other ranks
+# wait for it.
+torch.fx.node.has_side_effect(fused_allreduce_rmsnorm)

@@ -142,7 +142,7 @@ def shapes_of(ranks: int) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
         Shape(4, rows=1 / 2, packs=1250),
         Shape(1, row_packs=256, packs=1600, lead_rows=2),
         Shape(2, row_packs=512, packs=1250),
-        Shape(1, full=True, row_packs=512, lead_rows=2),
+        Shape(1, full=True, row_packs=512, packs=20_000 if many else NO_LIMIT, lead_rows=2),
         *large,
     )
     return one_shot, two_shot
@@ -223,7 +223,9 @@ def make_rules(
             launches that leave half of the places free are.
     """
     if not MIN_RANKS <= ranks <= MAX_RANKS:
-        raise ValueError(f"ranks: {MIN_RANKS} to {MAX_RANKS} are required; got {ranks}")
+        raise ValueError(
+            f"ranks: {MIN_RANKS} to {MAX_RANKS} are required; got {ranks}; pass a group's"
+        )
     starts_early = compute_capability >= (9, 0) and not shared_device
 
     def rule(size: Size, algorithm: int, shape: Shape, evidence: str) -> Rule:

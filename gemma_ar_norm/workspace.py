@@ -442,7 +442,7 @@ class Workspace:
 _lock = threading.RLock()  # never held across an exchange
 _records: dict[str, Workspace] = {}  # group name -> its workspace
 _generations: dict[str, int] = {}  # group name -> workspaces it has had
-_postponed: list[Any] = []  # native workspaces that were given up inside a graph capture
+_postponed: list[Any] = []  # native workspaces that were given up while a graph was captured
 
 
 def find(group_name: str) -> Workspace | None:
@@ -463,17 +463,24 @@ def _release(native: Any, pid: int) -> None:
     """Closes a native workspace, wherever this comes from: close(), a collection, the exit."""
     if native is None or os.getpid() != pid:  # after a fork, CUDA is the parent's
         return
-    if is_capturing():
-        _postponed.append(native)  # closing waits for the device, which a capture does not allow
-        return
-    with contextlib.suppress(Exception):  # CUDA may be gone, and nothing is left to be done
-        native.close()
+    # Closing waits for the device, which no capture allows, of whatever thread.
+    if is_capturing() or not _closed(native):
+        _postponed.append(native)
+
+
+def _closed(native: Any) -> bool:
+    """False: a graph is being captured somewhere, and it is to be tried again."""
+    try:
+        return native.close() is not False
+    except Exception:
+        return True  # CUDA may be gone, and nothing is left to be done
 
 
 def _release_postponed() -> None:
-    while _postponed:
-        with contextlib.suppress(Exception):
-            _postponed.pop().close()
+    for _ in range(len(_postponed)):
+        native = _postponed.pop(0)
+        if not _closed(native):
+            _postponed.append(native)
 
 
 def _group_gone(group_name: str) -> None:
@@ -516,11 +523,13 @@ def init(
     timeout_s: how long a call may wait for a peer before it fails with PeerTimeoutError.
 
     Raises the same on all ranks: TypeError, ValueError for arguments that are wrong or differ
-    between ranks (an old workspace then stays); WorkspaceError when a rank cannot take part, as for
-    want of memory (an old workspace is closed then), or is lost: at once where gloo sees that its
-    process has ended, else after the group's own timeout. Waits for the device; not within a
-    capture.
-    Graphs that were captured with the group's old workspace must not be replayed any more.
+    between ranks; WorkspaceError when a rank cannot take part, as for want of memory, or is lost:
+    at once where gloo sees that its process has ended, else after the group's own timeout. An old
+    workspace stays where that is found before anything is allocated, and else is closed. Waits for
+    the device; not within a capture.
+    Graphs that were captured with the group's old workspace must not be replayed any more. Calls of
+    several groups with ranks on one GPU must come one after the other there, in the same order on
+    all of these GPUs: on one stream, or ordered by events (docs/guide.md).
 
     >>> workspace = gemma_ar_norm.init(hidden_size=5376, max_rows=128)
     >>> print(workspace.fused, workspace.reason)
@@ -711,13 +720,16 @@ def _allocate(
         answers = exchange.gather("allocate", said)
     problem = _first_error(answers)
     if not problem and len({answer["rules"] for answer in answers}) > 1:
-        problem = "rules: the same launch plan on all ranks is required; got different ones"
+        problem = (
+            "rules: the same launch plan on all ranks is required; got different ones; install one "
+            "build on all, or report it"
+        )
+    elif problem:
+        problem += "; where that is memory make max_rows smaller, or free some there"
     if problem:
         if native is not None:
             native.close()
-        raise WorkspaceError(
-            f"{problem}; where that is memory make max_rows smaller, or free some there"
-        )
+        raise WorkspaceError(problem)
     return native, [answer["handle"] for answer in answers]
 
 
@@ -865,6 +877,8 @@ def _local_group(
     n: int, index: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
 ) -> LocalGroup:
     """`local_group` with this launch plan, on the GPU of this index."""
+    if not is_capturing():
+        _release_postponed()
     natives: list[Any] = []
     debug_mode = debug.is_on()
     try:

@@ -204,6 +204,25 @@ def weights_and_hooks(me: Rank, name: str) -> None:
             handle.remove()
 
 
+@case_of("gemma", "gemma3", "qwen3_5")
+def embeddings_that_are_written_to(me: Rank, name: str) -> None:
+    """By whoever calls the embedding, as for soft prompts: the layers take what was written."""
+    model, other = me.load(name), me.load(name)
+    gemma_ar_norm.fuse(model)
+
+    def prompted(one: Any) -> Tensor:
+        embedded = one.get_input_embeddings()(me.ids.clone())
+        embedded[:, :1] = 0.25
+        return one(inputs_embeds=embedded, use_cache=False).logits
+
+    with torch.no_grad():
+        want = prompted(other)
+        assert_within(prompted(model), want, BOUND[FP32], name)
+    assert (logits_of(other, me.ids) - want).abs().max() > 100 * BOUND[FP32] * want.abs().max()
+    with torch.inference_mode():  # there torch does not count writes
+        assert_within(prompted(model), want, BOUND[FP32], f"{name}, inference mode")
+
+
 @case_of("gemma", "gemma3", "qwen3_5_moe")  # the two forms, and experts
 def hooks_within_a_layer(me: Rank, name: str) -> None:
     """Whoever has a hook on what a fused call would hide, or show in part, sees what was before; so

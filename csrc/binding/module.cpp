@@ -93,14 +93,20 @@ PYBIND11_MODULE(_C, m) {
          uint32_t row_packs, const std::string& algorithm, uint64_t limit) {
         if (ranks < 2 || ranks > kMaxRanks || inbox_bytes < kHeaderBytes || row_packs == 0 ||
             row_packs > kMaxRowPacks)
-          throw py::value_error("launches: 2 to 8 ranks, an inbox and a row are required");
+          throw py::value_error(
+              "launches: 2 to 8 ranks, an inbox and a row are required; got ranks " +
+              std::to_string(ranks) + ", inbox_bytes " + std::to_string(inbox_bytes) +
+              ", row_packs " + std::to_string(row_packs) + "; pass those of a workspace");
         const std::vector<PlanRule> plan = rules_of(rules);
         const InboxLayout layout = InboxLayout::of(ranks, inbox_bytes);
         py::list launches;
         for (uint64_t left = rows; left > 0 && launches.size() < limit;) {
           const PlannedLaunch next =
               next_launch(plan, layout, left, row_packs, algorithm_named(algorithm));
-          if (next.rows == 0) throw py::value_error("inbox_bytes: room for a row is required");
+          if (next.rows == 0) {
+            throw py::value_error("inbox_bytes: room for a row is required; got " +
+                                  std::to_string(inbox_bytes) + "; ask inbox_bytes()");
+          }
           py::dict d = describe(next.shape(row_packs));
           d["rows"] = next.rows;
           d["rule"] = next.rule - plan.data();
@@ -117,7 +123,12 @@ PYBIND11_MODULE(_C, m) {
          bool starts_early) {
         if (rows == 0 || row_packs == 0 || row_packs > kMaxRowPacks || multiprocessors == 0 ||
             max_cluster == 0)
-          throw py::value_error("local_launch: a row, a multiprocessor and a block are required");
+          throw py::value_error("local_launch: a row of 1 to " + std::to_string(kMaxRowPacks) +
+                                " packs, a multiprocessor and a block are required; got rows " +
+                                std::to_string(rows) + ", row_packs " + std::to_string(row_packs) +
+                                ", multiprocessors " + std::to_string(multiprocessors) +
+                                ", max_cluster " + std::to_string(max_cluster) +
+                                "; pass those of a call");
         const std::vector<PlanRule> rules = local_rules(multiprocessors, max_cluster, starts_early);
         return describe(shape_of(choose(rules, rows, row_packs), rows, row_packs));
       },

@@ -7,16 +7,22 @@
 
 namespace gan {
 
-// Throws `what: got <CUDA's words>`, and leaves no error behind for the next caller to find.
-// A literal is not made a string as long as all is well.
-inline void check_cuda(cudaError_t status, const char* what) {
+// CUDA gives an error of a kernel to whoever calls next.
+inline constexpr const char* kMaybeEarlier =
+    "it may be an earlier kernel's: CUDA_LAUNCH_BLOCKING=1 shows whose";
+
+// Throws `what; got <CUDA's words>; what_to_do`, and leaves no error behind for the next caller to
+// find. A literal is not made a string as long as all is well.
+inline void check_cuda(cudaError_t status, const char* what,
+                       const char* what_to_do = kMaybeEarlier) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error(std::string(what) + "; got " + cudaGetErrorName(status) + " (" +
-                           cudaGetErrorString(status) + ")");
+                           cudaGetErrorString(status) + "); " + what_to_do);
 }
-inline void check_cuda(cudaError_t status, const std::string& what) {
-  check_cuda(status, what.c_str());
+inline void check_cuda(cudaError_t status, const std::string& what,
+                       const char* what_to_do = kMaybeEarlier) {
+  check_cuda(status, what.c_str(), what_to_do);
 }
 
 // The current device, put back at the end of the scope.
@@ -25,7 +31,8 @@ class DeviceScope {
   explicit DeviceScope(int device) {
     check_cuda(cudaGetDevice(&before_), "device: the current CUDA device is required");
     if (before_ == device) return;
-    check_cuda(cudaSetDevice(device), "device: a usable CUDA device is required");
+    check_cuda(cudaSetDevice(device), "device: a usable CUDA device is required",
+               "see nvidia-smi and CUDA_VISIBLE_DEVICES");
     changed_ = true;
   }
   ~DeviceScope() {

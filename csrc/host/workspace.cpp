@@ -15,6 +15,11 @@
 
 namespace gan {
 
+static constexpr const char* kHasCode = "kernels: a GPU that this build has code for is required";
+static constexpr const char* kBuildIt = "build it with GAN_CUDA_ARCHS=native";
+static constexpr const char* kIpcNeeds =
+    "CUDA IPC needs Linux, one host, and in containers --ipc=host";
+
 // Memory of our own cudaMalloc, not of torch's allocator: what that does with its memory cannot
 // break a mapping.
 class DeviceInbox {
@@ -24,7 +29,8 @@ class DeviceInbox {
     OutsideCapture outside;
     void* memory = nullptr;
     check_cuda(cudaMalloc(&memory, bytes),
-               "inbox: " + std::to_string(bytes) + " bytes of device memory are required");
+               "inbox: " + std::to_string(bytes) + " bytes of device memory are required",
+               "free some of it");
     data_.reset(static_cast<uint8_t*>(memory));
     const std::string what = "inbox: writable device memory is required";
     check_cuda(cudaMemset(data(), 0x00, kHeaderBytes), what);
@@ -110,7 +116,7 @@ class LocalPlans {
   std::vector<PlanRule> rules_of(int device) const {
     const DeviceInfo info = device_info(device);
     DeviceScope scope(device);
-    check_cuda(preload_kernels(1), "kernels: a GPU that this build has code for is required");
+    check_cuda(preload_kernels(1), kHasCode, kBuildIt);
     const bool shared = shared_.count(device) != 0;
     return local_rules(static_cast<uint32_t>(info.multiprocessors),
                        shared ? 1 : static_cast<uint32_t>(info.max_cluster), info.major >= 9);
@@ -132,7 +138,7 @@ std::shared_ptr<T> pinned() {
   OutsideCapture outside;
   void* memory = nullptr;
   check_cuda(cudaHostAlloc(&memory, sizeof(T), cudaHostAllocPortable | cudaHostAllocMapped),
-             "workspace: pinned host memory is required");
+             "workspace: pinned host memory is required", "free some of it");
   std::memset(memory, 0, sizeof(T));
   return {static_cast<T*>(memory), [](T* object) {
             OutsideCapture outside;
@@ -178,14 +184,14 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
       timeout_ticks_(timeout_ticks_of(timeout_ns)),
       rules_(std::move(rules)) {
   if (ranks < 2 || ranks > kMaxRanks || rank >= ranks) {
-    throw std::invalid_argument("ranks: 2 to " + std::to_string(kMaxRanks) +
-                                " and rank below it are required; got rank " +
-                                std::to_string(rank) + " of " + std::to_string(ranks));
+    throw std::invalid_argument(
+        "ranks: 2 to " + std::to_string(kMaxRanks) + " and rank below it are required; got rank " +
+        std::to_string(rank) + " of " + std::to_string(ranks) + "; pass a group's");
   }
   if (inbox_bytes < gan::inbox_bytes(ranks, 1, 1, kPackBytes) ||
       inbox_bytes % kAllocationAlignment != 0) {
     throw std::invalid_argument("inbox_bytes: what inbox_bytes() returns is required; got " +
-                                std::to_string(inbox_bytes));
+                                std::to_string(inbox_bytes) + "; ask it");
   }
   choose(rules_, 1, 1);  // throws where there are no rules
   const auto has_clusters = [](const PlanRule& rule) { return rule.blocks_a_team > 1; };
@@ -193,7 +199,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
   layout_ = InboxLayout::of(ranks, inbox_bytes);
   reclaim_inboxes();
   DeviceScope scope(device);
-  check_cuda(preload_kernels(ranks), "kernels: a GPU that this build has code for is required");
+  check_cuda(preload_kernels(ranks), kHasCode, kBuildIt);
   inbox_ = std::make_shared<DeviceInbox>(device, inbox_bytes);
   host_failure_ = pinned<uint64_t>();
   if (debug) debug_report_ = pinned<DebugReport>();
@@ -212,7 +218,8 @@ std::string Workspace::ipc_handle() const {
   require_unconnected();
   DeviceScope scope(device_);
   cudaIpcMemHandle_t handle;
-  check_cuda(cudaIpcGetMemHandle(&handle, inbox_->data()), "ipc: a GPU with CUDA IPC is required");
+  check_cuda(cudaIpcGetMemHandle(&handle, inbox_->data()), "ipc: a GPU with CUDA IPC is required",
+             kIpcNeeds);
   return {reinterpret_cast<const char*>(&handle), sizeof(handle)};
 }
 
@@ -241,7 +248,8 @@ void Workspace::open_peers(const std::vector<std::string>& handles) {
     void* inbox = nullptr;
     check_cuda(
         cudaIpcOpenMemHandle(&inbox, handle, cudaIpcMemLazyEnablePeerAccess),
-        "ipc: memory of rank " + std::to_string(r) + " that this process can map is required");
+        "ipc: memory of rank " + std::to_string(r) + " that this process can map is required",
+        kIpcNeeds);
     inboxes[r] = mapped_[r] = static_cast<uint8_t*>(inbox);
   }
   connect(inboxes);
@@ -280,10 +288,26 @@ void Workspace::connect(const std::vector<uint8_t*>& inboxes) {
   connected_ = true;
 }
 
+namespace {
+struct DuringCapture : std::runtime_error {
+  DuringCapture()
+      : std::runtime_error(
+            "workspace: no stream that is being captured is required; got one; end the capture") {}
+};
+bool is_of_a_capture(cudaError_t status) {
+  return status >= cudaErrorStreamCaptureUnsupported && status <= cudaErrorStreamCaptureWrongThread;
+}
+}  // namespace
+
 void Workspace::unmap_peers(bool say_farewell) {
   DeviceScope scope(device_);
   OutsideCapture outside;
-  check_cuda(cudaDeviceSynchronize(), "workspace: a device that ends its work is required");
+  const cudaError_t status = cudaDeviceSynchronize();
+  if (is_of_a_capture(status)) {
+    cudaGetLastError();
+    throw DuringCapture();
+  }
+  check_cuda(status, "workspace: a device that ends its work is required");
   for (uint32_t r = 0; r < ranks_; ++r) {
     if (mapped_[r] == nullptr) continue;
     // The peer frees its inbox once all have written here, maybe in the instant before the
@@ -307,15 +331,18 @@ void Workspace::disconnect() {
   unmap_peers(false);
 }
 
-void Workspace::close() noexcept {
+bool Workspace::close() noexcept {
   {
     // A call that another thread is queueing is queued before the device is waited for.
     const std::lock_guard<std::mutex> lock(call_mutex_);
-    if (closed_) return;
     closed_ = true;
   }
+  const std::lock_guard<std::mutex> lock(close_mutex_);
+  if (released_) return true;
   try {
     unmap_peers(true);
+  } catch (const DuringCapture&) {
+    return false;
   } catch (const std::exception&) {
     // The device cannot be waited for: either CUDA is gone, as at the end of the process, or
     // kernels may still run, so that the peers must keep their inboxes. What is mapped stays
@@ -327,7 +354,9 @@ void Workspace::close() noexcept {
   }
   inbox_.reset();
   local_inboxes_.clear();
+  released_ = true;
   reclaim_inboxes();
+  return true;
 }
 
 uint32_t reclaim_inboxes() noexcept {
@@ -562,7 +591,7 @@ std::string uuid_of(const cudaDeviceProp& properties) {
 cudaDeviceProp properties_of(int device) {
   cudaDeviceProp properties;
   check_cuda(cudaGetDeviceProperties(&properties, device),
-             "device: a usable CUDA device is required");
+             "device: a usable CUDA device is required", "see nvidia-smi and CUDA_VISIBLE_DEVICES");
   return properties;
 }
 
@@ -585,8 +614,7 @@ DeviceInfo device_info(int device) {
   const cudaDeviceProp p = properties_of(device);
   DeviceScope scope(device);
   int compiled_for = 0;
-  check_cuda(kernel_architecture(&compiled_for),
-             "kernels: a GPU that this build has code for is required");
+  check_cuda(kernel_architecture(&compiled_for), kHasCode, kBuildIt);
   constexpr int kPortableCluster = 8;
   // Code compiled for an older architecture knows neither clusters nor early starts, whatever runs
   // it.
@@ -602,7 +630,7 @@ DeviceInfo device_info(int device) {
 
 std::string peer_access(int device, const std::string& peer_uuid) {
   int devices = 0;
-  check_cuda(cudaGetDeviceCount(&devices), "device: a CUDA driver is required");
+  check_cuda(cudaGetDeviceCount(&devices), "device: a CUDA driver is required", "install it");
   for (int peer = 0; peer < devices; ++peer) {
     if (uuid_of(properties_of(peer)) != peer_uuid) continue;
     if (peer == device) return "";

@@ -72,9 +72,10 @@ class GAN_API Workspace {
   // done so, close() frees the own one at once.
   void disconnect();
   // Waits for the device, tells the peers that their inboxes are no longer used from here, unmaps
-  // them, and retires the own inbox (see reclaim_inboxes). Does not wait for a peer. The second
-  // time it does nothing.
-  void close() noexcept;
+  // them, and retires the own inbox (see reclaim_inboxes). Does not wait for a peer. False: the
+  // device cannot be waited for now, since a stream of it is being captured; no call is taken any
+  // more, and the rest is to be done by another close(). Once it is done, close() does nothing.
+  bool close() noexcept;
 
   int device() const { return device_; }
   uint32_t rank() const { return rank_; }
@@ -104,6 +105,8 @@ class GAN_API Workspace {
   std::shared_ptr<uint64_t> host_failure_;  // pinned; the device writes it
   std::shared_ptr<DebugReport> debug_report_;  // the same, in debug mode; else null
   bool connected_ = false, closed_ = false;
+  std::mutex close_mutex_;
+  bool released_ = false;  // all that close() does is done
 
   std::mutex call_mutex_;  // held while a call is queued
 

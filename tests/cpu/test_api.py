@@ -240,6 +240,10 @@ def test_explain_on_a_gpu(monkeypatch):
         (1, {"algorithm": "two_shot"}, "two_shot", 1),
         (113, {}, "two_shot", 1),
         (300, {}, "two_shot", 3),
+        # Of the last a part is planned anew: 64 rows by one-shot, for so little is left.
+        (2 * 113 + most + 1, {}, "two_shot", 3),
+        (2 * 113 + most, {}, "two_shot", 3),
+        (113_000, {}, "two_shot", 1000),
     ):
         said = explain(rows, group=rank, **options)
         assert (said.path, said.launches, said.reason) == (path, launches, "all is well")

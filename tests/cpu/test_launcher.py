@@ -228,9 +228,9 @@ def test_what_is_shown(show, lines, capsys):
 
 
 def test_arguments():
-    with pytest.raises(ValueError, match="ranks: must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="ranks: 1 or more is required; got 0"):
         run("", ranks=0)
-    with pytest.raises(ValueError, match="show: must be"):
+    with pytest.raises(ValueError, match="show: 'prefixed', 'rank0' or 'nothing' is required"):
         run("", show="all")
 
 

@@ -223,7 +223,7 @@ def test_a_rounding_before_the_weight_is_refused(dtype, hidden, seed):
     norm = LlamaNorm(hidden, dtype=dtype)
     for scale in (0.2, 5.0):
         norm.weight.normal_(1.0, scale)
-        with pytest.raises(ValueError, match="rounded once, is required; LlamaNorm"):
+        with pytest.raises(ValueError, match="rounded once, is required; got LlamaNorm"):
             FusedAllReduceGemmaRMSNorm.from_module(norm, weight_bias=0.0)
 
 
@@ -236,7 +236,7 @@ def test_a_bias_added_in_bfloat16_is_refused(dtype, hidden, seed):
     norm = NarrowBiasNorm(hidden, dtype=dtype)
     for weight in (torch.randn(hidden) * 0.2, torch.full((hidden,), 0.0039), torch.tensor(1e-4)):
         norm.weight.copy_(weight)
-        with pytest.raises(ValueError, match="NarrowBiasNorm computes something else"):
+        with pytest.raises(ValueError, match="got NarrowBiasNorm, which computes something else"):
             FusedAllReduceGemmaRMSNorm.from_module(norm)
 
 

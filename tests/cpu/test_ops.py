@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from gemma_ar_norm import groups, library, ops
+from gemma_ar_norm import fused_allreduce_gemma_rmsnorm, groups, library, ops
 
 op = torch.ops.gemma_ar_norm.fused_allreduce_rmsnorm
 local_op = torch.ops.gemma_ar_norm.add_rmsnorm.out
@@ -124,6 +124,26 @@ def test_slow_path_errors_are_kept_for_the_caller_and_no_other(monkeypatch):
     ops.slow_path(x, x[0], None, None, 1e-6, 1.0, "", "unfused", x, x)
     assert given[-1] == "KeyboardInterrupt"
     assert isinstance(ops.better_error(RuntimeError(given[-1]), "", valid), KeyboardInterrupt)
+
+
+def test_a_compiled_call_is_made_though_nobody_takes_its_results(monkeypatch):
+    """In C++ it is a collective; other ranks may take them. (With Inductor: compile_cases.py.)"""
+    made, calls, cpu = checks.make_case(1, 3, 64, torch.bfloat16), [], ops.reference
+
+    class Counting:
+        @staticmethod
+        def fused_allreduce_gemma_rmsnorm(*arguments, **options):
+            calls.append(len(arguments))
+            return cpu.fused_allreduce_gemma_rmsnorm(*arguments, **options)
+
+    def drop(x):
+        fused_allreduce_gemma_rmsnorm(x, made.weight)
+        return x + 1
+
+    monkeypatch.setattr(ops, "reference", Counting)
+    torch._dynamo.reset()
+    torch.compile(drop, backend="aot_eager", fullgraph=True)(made.xs[0])
+    assert len(calls) == 1
 
 
 def test_the_slow_path_of_one_rank_is_the_local_kernel():

@@ -570,5 +570,5 @@ def test_local_rows_without_clusters():
             if not options.get("starts_early", True):
                 assert got["trigger"] == WHOLE
     for wrong in ((0, 512, 132), (1, 0, 132), (1, 4097, 132), (1, 512, 0), (1, 512, 132, 0)):
-        with pytest.raises(ValueError, match="local_launch: a row, "):
+        with pytest.raises(ValueError, match="local_launch: a row of 1 to 4096 packs, "):
             _C.local_launch(*wrong)

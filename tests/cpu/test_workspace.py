@@ -172,6 +172,17 @@ def test_inside_a_capture_the_release_waits():
         assert inner.closed
 
 
+def test_while_another_thread_captures_the_release_is_tried_again():
+    with fake_native() as native:
+        made, inner = make(native)
+        inner.close = mock.Mock(side_effect=[False, False, True])
+        made.close()
+        for tries in (2, 3, 3):
+            workspace._release_postponed()
+            assert inner.close.call_count == tries
+        assert workspace._postponed == []
+
+
 def test_errors_of_a_release_are_nobodys():
     with fake_native() as native:
         made, inner = make(native)

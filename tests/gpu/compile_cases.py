@@ -168,4 +168,22 @@ def a_compiled_decoder(ranks: Any) -> None:
     ranks.expect_same_bits_everywhere(*got)
 
 
-CASES = (a_compiled_model, a_compiled_decoder)
+@torch.no_grad()
+def a_call_of_which_a_rank_takes_nothing(ranks: Any) -> None:
+    """It is made all the same: the other ranks wait for it."""
+    gemma_ar_norm.init(timeout_s=COMPILE_TIMEOUT_S)
+    made = ranks.case(3, HIDDEN, form="residual", seed=5)
+
+    def last_layer(x: Tensor) -> tuple[Tensor, ...]:
+        results = gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, made.weight, **made.options)
+        return results if ranks.rank == 0 else (x + 1, x + 2)
+
+    with an_empty_cache():
+        compiled = torch.compile(last_layer, fullgraph=True)
+        results = compiled(made.xs[ranks.rank])
+    gemma_ar_norm.synchronize()  # raises where a peer did not come
+    if ranks.rank == 0:
+        ranks.expect_result(made, results, "of the rank that takes them")
+
+
+CASES = (a_compiled_model, a_compiled_decoder, a_call_of_which_a_rank_takes_nothing)
