@@ -34,13 +34,14 @@ def assert_result(got, made):
 X, W = t(4, 640), t(640)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
 @pytest.mark.parametrize("name", ["x", "weight", "residual", "post_weight", "norm_out"])
-def test_gradients_are_refused(name):
+def test_gradients_are_refused(name, kind):
     made = checks.make_case(1, 2, 640, FP32, "sandwich")
     given = {"x": made.xs[0], "weight": made.weight, **made.options}
     outputs = {"norm_out": t(2, 640, dtype=FP32), "residual_out": t(2, 640, dtype=FP32)}
     (outputs if name in outputs else given)[name].requires_grad_()
-    out = tuple(outputs.values()) if name in outputs else None
+    out = kind(outputs.values()) if name in outputs else None
     with pytest.raises(ValueError, match=rf"{name}: requires_grad=False.*{name}.detach\(\)"):
         call(**given, out=out)
     with torch.no_grad():

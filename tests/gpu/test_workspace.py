@@ -153,24 +153,25 @@ def test_the_interpreter_ends_with_a_group_open(end, exit_code, says):
 
 def test_closed_while_another_thread_captures():
     """The device cannot be waited for then: what is left is done later, and no memory is lost."""
-    before = free_bytes()
-    group = gemma_ar_norm.local_group(2)
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="relaxed")
-        closing = threading.Thread(target=group.close)
-        closing.start()
-        closing.join(60)
-        postponed = len(workspace._postponed)
-        with contextlib.suppress(RuntimeError):  # the attempt breaks the capture
-            graph.capture_end()
-    assert not closing.is_alive()
-    assert postponed == 2
-    del graph
-    with gemma_ar_norm.local_group(2) as other:
-        assert_works(other, cases(2))
-    assert workspace._postponed == []
-    assert free_bytes() >= before - 2 * MIB
+    stream, free = torch.cuda.Stream(), []
+    for _ in range(4):
+        group, graph = gemma_ar_norm.local_group(2), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="relaxed")
+            closing = threading.Thread(target=group.close)
+            closing.start()
+            closing.join(60)
+            postponed = len(workspace._postponed)
+            with contextlib.suppress(RuntimeError):  # the attempt breaks the capture
+                graph.capture_end()
+        assert not closing.is_alive()
+        assert postponed == 2
+        del graph
+        with gemma_ar_norm.local_group(2) as other:
+            assert_works(other, cases(2))
+        assert workspace._postponed == []
+        free.append(free_bytes())
+    assert free[-1] >= free[0]  # in the first round CUDA takes some for itself
 
 
 # ------------------------------------------------------------------------------------------- paths
