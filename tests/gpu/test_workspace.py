@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import pytest
 import torch
 
 import gemma_ar_norm
-from gemma_ar_norm import workspace
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -151,27 +148,47 @@ def test_the_interpreter_ends_with_a_group_open(end, exit_code, says):
     assert ("Traceback" in program.stderr) == bool(says), program.stderr[-2000:]
 
 
+CLOSED_WHILE_CAPTURING = """
+import contextlib, gc, threading, torch, gemma_ar_norm
+from gemma_ar_norm import workspace
+stream, free, x = torch.cuda.Stream(), [], torch.ones(3, 4096, device="cuda")
+for _ in range(4):
+    group, graph = gemma_ar_norm.local_group(2), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="relaxed")
+        closing = threading.Thread(target=group.close)
+        closing.start()
+        closing.join()
+        print("postponed", len(workspace._postponed))
+        with contextlib.suppress(RuntimeError):  # the attempt breaks the capture
+            graph.capture_end()
+    del graph
+    with gemma_ar_norm.local_group(2) as other:
+        for rank in other:
+            with torch.cuda.stream(rank.stream):
+                gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, x[0], group=rank)
+        other.synchronize()
+    print("left", len(workspace._postponed))
+    gc.collect()
+    torch.cuda.empty_cache()
+    free.append(torch.cuda.mem_get_info()[0])
+print("lost", max(0, free[0] - free[-1]))  # in the first round CUDA takes some for itself
+"""
+
+
 def test_closed_while_another_thread_captures():
-    """The device cannot be waited for then: what is left is done later, and no memory is lost."""
-    stream, free = torch.cuda.Stream(), []
-    for _ in range(4):
-        group, graph = gemma_ar_norm.local_group(2), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="relaxed")
-            closing = threading.Thread(target=group.close)
-            closing.start()
-            closing.join(60)
-            postponed = len(workspace._postponed)
-            with contextlib.suppress(RuntimeError):  # the attempt breaks the capture
-                graph.capture_end()
-        assert not closing.is_alive()
-        assert postponed == 2
-        del graph
-        with gemma_ar_norm.local_group(2) as other:
-            assert_works(other, cases(2))
-        assert workspace._postponed == []
-        free.append(free_bytes())
-    assert free[-1] >= free[0]  # in the first round CUDA takes some for itself
+    """The device cannot be waited for then: what is left is done later, and no memory is lost. In a
+    process of its own, for torch's allocator remembers captures that were broken."""
+    program = subprocess.run(
+        [sys.executable, "-c", CLOSED_WHILE_CAPTURING],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert program.returncode == 0, program.stderr[-2000:]
+    assert program.stdout.splitlines() == ["postponed 2", "left 0"] * 4 + ["lost 0"]
 
 
 # ------------------------------------------------------------------------------------------- paths
