@@ -152,6 +152,8 @@ CLOSED_WHILE_CAPTURING = """
 import contextlib, gc, threading, torch, gemma_ar_norm
 from gemma_ar_norm import workspace
 stream, free, x = torch.cuda.Stream(), [], torch.ones(3, 4096, device="cuda")
+outs = [(torch.empty_like(x), torch.empty_like(x)) for _ in range(2)]
+torch.cuda.synchronize()
 for _ in range(4):
     group, graph = gemma_ar_norm.local_group(2), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -166,13 +168,14 @@ for _ in range(4):
     with gemma_ar_norm.local_group(2) as other:
         for rank in other:
             with torch.cuda.stream(rank.stream):
-                gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, x[0], group=rank)
+                out = outs[rank.rank]
+                gemma_ar_norm.fused_allreduce_gemma_rmsnorm(x, x[0], group=rank, out=out)
         other.synchronize()
     print("left", len(workspace._postponed))
     gc.collect()
     torch.cuda.empty_cache()
     free.append(torch.cuda.mem_get_info()[0])
-print("lost", max(0, free[0] - free[-1]))  # in the first round CUDA takes some for itself
+print(free[0] - free[-1])  # in the first round CUDA takes some for itself
 """
 
 
@@ -188,7 +191,9 @@ def test_closed_while_another_thread_captures():
         check=False,
     )
     assert program.returncode == 0, program.stderr[-2000:]
-    assert program.stdout.splitlines() == ["postponed 2", "left 0"] * 4 + ["lost 0"]
+    *said, lost = program.stdout.splitlines()
+    assert said == ["postponed 2", "left 0"] * 4
+    assert int(lost) < 8 * MIB  # six inboxes have more than that each
 
 
 # ------------------------------------------------------------------------------------------- paths
