@@ -47,7 +47,7 @@ class Links:
     def of(path: Path) -> Links:
         found = reports.load(path)
         if found.get("harness") != "links":
-            raise ValueError(f"{path}: a report of links/run.py is required; got another")
+            raise ValueError(f"{path}: a report of links/run.py is required; got another; run it")
         between = [
             one["ns"]
             for one in found["latency_ns"]
@@ -101,6 +101,11 @@ def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Poin
             size = cell["rows"] * cell["hidden"] * reports.ITEM_BYTES[cell["dtype"]]
             kind = [cell[name] for name in ("ranks", "dtype", "form", "hidden", "rows")]
             point = by_shape.setdefault(reports.shape(cell), Point(*kind, size, "", {}, {}))
+            if cell["algorithm"] in point.us:
+                raise ValueError(
+                    f"REPORT.json: each cell once is required; got two of "
+                    f"{reports.name_of(reports.key(cell))}; pass one of their reports"
+                )
             point.us[cell["algorithm"]] = cell["us"]
             if cell["algorithm"] == PLAN:
                 point.path = cell["path"]
@@ -155,7 +160,7 @@ def worst(points: Sequence[Point], value: Any, *, largest: bool = True) -> str:
     if not known:
         return "not measured"
     found, p = (max if largest else min)(known, key=lambda one: one[0])
-    return f"{found:.2f} ({p.rows} x {p.hidden})"
+    return f"{found:.2f} ({p.rows} x {p.hidden} {p.dtype} {p.form})"
 
 
 def conclusions(points: Sequence[Point], planned: Any) -> list[str]:
@@ -203,17 +208,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = [reports.load_cells(path) for path in given.reports]
         links = None if given.links is None else Links.of(given.links)
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         print(error, file=sys.stderr)
+        return 2
+    except (KeyError, TypeError) as error:
+        said = f"{given.links}: a report of links/run.py is required; got {error!r} in it; run it"
+        print(said, file=sys.stderr)
         return 2
     for name in CONDITIONS:
         if any(report[name] != found[0][name] for report in found):
             values = ", ".join(str(report[name]) for report in found)
-            print(f"{name}: one for all reports is required; got {values}", file=sys.stderr)
+            said = f"{name}: one for all reports is required; got {values}; pass them one by one"
+            print(said, file=sys.stderr)
             return 2
-    points = points_of(found, links)
+    try:
+        points = points_of(found, links)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     if not points:
-        print("REPORT.json: cells of ours/auto are required; got none", file=sys.stderr)
+        said = "REPORT.json: cells of ours/auto are required; got none; see bench_fused.py"
+        print(said, file=sys.stderr)
         return 2
     print(reports.head(found[0]))
     for path, report in zip(given.reports, found, strict=True):

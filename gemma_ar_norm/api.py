@@ -60,7 +60,8 @@ def fused_allreduce_gemma_rmsnorm(
     stream and returns; eager calls from several streams run in the order in which they were queued.
     It can be captured in a CUDA graph, after `init(group)` or a first call outside; replays must
     not overlap other calls of the group.
-    torch.compile sees one op; the group's name is fixed in the graph. Not differentiable.
+    torch.compile sees one op, and keeps it on a rank that takes no results of it (with `out`: where
+    something reads those tensors); the group's name is fixed in the graph. Not differentiable.
 
     Raises TypeError, ValueError for arguments, also when one requires a gradient; WorkspaceError
     when the group's first call cannot make its workspace; PeerTimeoutError when an earlier call
@@ -246,7 +247,8 @@ def explain(
         return _C.launches(*arguments, limit=limit)
 
     first = planned(rows, 1)[0]
-    # Launches are alike until less is left than an inbox takes: two of them are more than that.
+    # Launches are alike until less is left than an inbox takes. A launch takes 7/8 of that at least
+    # (next_launch in csrc/host/plan.h), so two of them are more.
     alike = max(0, rows // first["rows"] - 2)
     launches = alike + len(planned(rows - alike * first["rows"], NO_LIMIT))
     return answer(

@@ -195,7 +195,7 @@ def read_layer(forward: Callable[..., Any]) -> list[ReadBlock]:
 
     Raises Unknown with the first statement that is of no kind known here.
     """
-    known = {"", *inspect.signature(inspect.unwrap(forward)).parameters}
+    known = {"", *(parameter.name for parameter in parameters_of(forward))}
     blocks: list[ReadBlock] = []
     state = "between"  # blocks; then "residual" kept, "normed", "mixed"
     for statement in statements_of(forward):
@@ -227,6 +227,12 @@ _ADD = (
     "hidden_states = residual + self.dropout(hidden_states)",
 )
 _UNPACK = "if isinstance(hidden_states, tuple):\n    hidden_states, _ = hidden_states"
+
+
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Of a layer's forward: what may be given to it by position behind the hidden states."""
+    parameters = list(inspect.signature(inspect.unwrap(forward)).parameters.values())[2:]
+    return [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
 
 def _names(calls: dict[str, Call]) -> set[str]:

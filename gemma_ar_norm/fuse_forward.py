@@ -7,7 +7,6 @@ layer, to the module that transformers calls for it.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import api
-from .families import Call
+from .families import Call, parameters_of
 from .fuse_hooks import are_watched
 
 WEIGHT_BIAS = 1.0  # of all families in families.py
@@ -107,8 +106,8 @@ def layer_forward(
     group: Any,
 ) -> Callable[..., Any]:
     """A decoder layer's forward. norms: one before each step, and that behind the last."""
-    parameters = list(inspect.signature(inspect.unwrap(original)).parameters.values())[2:]
-    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    parameters = parameters_of(original)
+    names = [p.name for p in parameters]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

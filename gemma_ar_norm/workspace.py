@@ -374,7 +374,9 @@ class Workspace:
 
         To be called on all ranks, in the same place of their calls. The second time does nothing.
         Graphs that were captured with this workspace must not be replayed any more. Within a graph
-        capture the memory is kept, until the next `init` or the end of the process.
+        capture the memory is kept, until the next `init` or `local_group`, or the end of the
+        process. While another thread captures it is kept too, and that capture fails: closing, and
+        the collection of a workspace, wait for the device.
         """
         with _lock:
             if _records.get(self.group_name) is self:
@@ -471,16 +473,19 @@ def _release(native: Any, pid: int) -> None:
 def _closed(native: Any) -> bool:
     """False: a graph is being captured somewhere, and it is to be tried again."""
     try:
-        return native.close() is not False
+        return bool(native.close())
     except Exception:
         return True  # CUDA may be gone, and nothing is left to be done
 
 
 def _release_postponed() -> None:
-    for _ in range(len(_postponed)):
-        native = _postponed.pop(0)
-        if not _closed(native):
-            _postponed.append(native)
+    if not _postponed or is_capturing():
+        return
+    pending = []
+    with contextlib.suppress(IndexError):  # another thread may be here too
+        while True:
+            pending.append(_postponed.pop())
+    _postponed.extend(native for native in pending if not _closed(native))
 
 
 def _group_gone(group_name: str) -> None:
@@ -525,8 +530,8 @@ def init(
     Raises the same on all ranks: TypeError, ValueError for arguments that are wrong or differ
     between ranks; WorkspaceError when a rank cannot take part, as for want of memory, or is lost:
     at once where gloo sees that its process has ended, else after the group's own timeout. An old
-    workspace stays where that is found before anything is allocated, and else is closed. Waits for
-    the device; not within a capture.
+    workspace stays where the first exchange shows what is wrong, and is closed where a later one
+    does. Waits for the device; not within a capture.
     Graphs that were captured with the group's old workspace must not be replayed any more. Calls of
     several groups with ranks on one GPU must come one after the other there, in the same order on
     all of these GPUs: on one stream, or ordered by events (docs/guide.md).
@@ -877,8 +882,7 @@ def _local_group(
     n: int, index: int, rules: Sequence[plan.Rule], arguments: dict[str, Any]
 ) -> LocalGroup:
     """`local_group` with this launch plan, on the GPU of this index."""
-    if not is_capturing():
-        _release_postponed()
+    _release_postponed()
     natives: list[Any] = []
     debug_mode = debug.is_on()
     try:

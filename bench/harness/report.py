@@ -157,7 +157,7 @@ def no_place(option: str, path: str | Path | None) -> str | None:
     file = Path(f"{path}_latency.png") if option == "--plot" else Path(path)
     if file.absolute().parent.is_dir() and not file.is_dir():
         return None
-    return f"{option}: a file in a directory that exists is required; got {path}"
+    return f"{option}: a file in a directory that exists is required; got {path}; make it first"
 
 
 def as_cell(cell: Cell) -> dict[str, Any]:

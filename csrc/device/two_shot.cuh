@@ -14,10 +14,10 @@
 // earlier are at 2, and those before them at 3. So what is pushed is used soon, while it is in the
 // L2.
 //
-// Grid: as one_shot. A row of as many packs as ranks has a slice of every rank, so every team has
-// sums to make of it; slice s of a team's i-th row belongs to rank (s + team + i) % ranks, so that
-// in a few rows all its blocks and warps take part. Shorter rows leave some ranks without a slice:
-// they finish by the owners' sums, for which the packs of all ranks were needed.
+// Grid: as one_shot. A row of at least as many packs as ranks has a slice of every rank, so every
+// team has sums to make of it; slice s of a team's i-th row belongs to rank (s + team + i) % ranks,
+// so that in a few rows all its blocks and warps take part. Shorter rows leave some ranks without a
+// slice: they finish by the owners' sums, for which the packs of all ranks were needed.
 //
 // Memory: two parts of each area (inbox.h), for what comes to the owner and from the owner. An
 // owner keeps its sum where the pack of the first area was, so that 3 finds it as it finds the

@@ -206,7 +206,7 @@ Workspace::Workspace(int device, uint32_t rank, uint32_t ranks, uint64_t inbox_b
   mapped_.assign(ranks, nullptr);
 }
 
-Workspace::~Workspace() { close(); }
+Workspace::~Workspace() { release(true); }
 
 void Workspace::require_unconnected() const {
   if (inbox_ != nullptr && !connected_ && !closed_) return;
@@ -331,7 +331,7 @@ void Workspace::disconnect() {
   unmap_peers(false);
 }
 
-bool Workspace::close() noexcept {
+bool Workspace::release(bool for_the_last_time) noexcept {
   {
     // A call that another thread is queueing is queued before the device is waited for.
     const std::lock_guard<std::mutex> lock(call_mutex_);
@@ -342,7 +342,7 @@ bool Workspace::close() noexcept {
   try {
     unmap_peers(true);
   } catch (const DuringCapture&) {
-    return false;
+    if (!for_the_last_time) return false;
   } catch (const std::exception&) {
     // The device cannot be waited for: either CUDA is gone, as at the end of the process, or
     // kernels may still run, so that the peers must keep their inboxes. What is mapped stays

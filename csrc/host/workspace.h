@@ -73,9 +73,10 @@ class GAN_API Workspace {
   void disconnect();
   // Waits for the device, tells the peers that their inboxes are no longer used from here, unmaps
   // them, and retires the own inbox (see reclaim_inboxes). Does not wait for a peer. False: the
-  // device cannot be waited for now, since a stream of it is being captured; no call is taken any
-  // more, and the rest is to be done by another close(). Once it is done, close() does nothing.
-  bool close() noexcept;
+  // device cannot be waited for now, since a stream of it is being captured (that capture is broken
+  // by the attempt); no call is taken any more, and the rest is to be done by another close(). Once
+  // it is done, close() does nothing.
+  bool close() noexcept { return release(false); }
 
   int device() const { return device_; }
   uint32_t rank() const { return rank_; }
@@ -86,6 +87,7 @@ class GAN_API Workspace {
   void require_unconnected() const;
   void connect(const std::vector<uint8_t*>& inboxes);
   void unmap_peers(bool say_farewell);
+  bool release(bool for_the_last_time) noexcept;
   // In the order of calls: a call of ours is what `queue` puts on the stream.
   template <class Queue>
   void queue_in_order(cudaStream_t stream, const Queue& queue);

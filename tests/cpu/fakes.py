@@ -104,9 +104,10 @@ class FakeWorkspace:
     def disagreement(self) -> list[list[int]] | None:
         return self.calls
 
-    def close(self) -> None:
+    def close(self) -> bool:
         assert not self.closed, "closed twice"
         self.closed = True
+        return True
 
 
 @contextlib.contextmanager

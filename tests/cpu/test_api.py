@@ -214,6 +214,9 @@ def test_explain_on_a_gpu(monkeypatch):
     monkeypatch.setitem(workspace._records, me.name, workspace.Workspace(me, "no NVLink"))
     said = explain(group=rank)
     assert (said.path, said.reason, said.launches) == ("unfused", "no NVLink", 1)
+    assert explain(0, group=rank).launches == 0
+    assert gemma_ar_norm.explain(0, 5376, device="cuda").launches == 0
+    assert gemma_ar_norm.explain(2, 5376, device="cuda").launches == 1
     for algorithm in plan.FUSED_ALGORITHMS:
         with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*no NVLink"):
             explain(group=rank, algorithm=algorithm)
@@ -241,9 +244,6 @@ def test_explain_on_a_gpu(monkeypatch):
         (1, {"algorithm": "two_shot"}, "two_shot", 1),
         (113, {}, "two_shot", 1),
         (300, {}, "two_shot", 3),
-        # Of the last a part is planned anew: 64 rows by one-shot, for so little is left.
-        (2 * 113 + most + 1, {}, "two_shot", 3),
-        (2 * 113 + most, {}, "two_shot", 3),
         (113_000, {}, "two_shot", 1000),
     ):
         said = explain(rows, group=rank, **options)
@@ -260,6 +260,20 @@ def test_explain_on_a_gpu(monkeypatch):
         assert str(said).endswith(f"; all is well; plan: {said.evidence}")
     assert "not measured" in explain(group=rank).evidence
     assert explain(0, group=rank).launches == 0
+    # Of 148 rows 84 go by two-shot; of the 64 left 63 by one-shot, which takes no more at once.
+    few = plan.make_rules(
+        ranks=3,
+        multiprocessors=44,
+        compute_capability=(9, 0),
+        max_cluster=8,
+        shared_device=False,
+        one_gpu=True,
+    )
+    monkeypatch.setattr(Rank, "size", lambda self: 3)
+    monkeypatch.setattr(fused, "inbox_bytes", 2 << 20)
+    monkeypatch.setattr(fused, "rules", few)
+    for rows, launches in ((84, 1), (147, 2), (148, 3), (84_000 + 64, 1002)):
+        assert gemma_ar_norm.explain(rows, 4096, group=rank, device="cuda").launches == launches
     assert gemma_ar_norm.explain(1, 5376, group=rank, device="cpu").path == "cpu"
     fused._release.detach()
 

@@ -752,12 +752,17 @@ def test_a_table_of_a_gpu():
     assert "NOT COMPLETE" in reports.table(made_report(cells, complete=False))
 
 
-@pytest.fixture
-def streams_run():
-    spec = importlib.util.spec_from_file_location("streams_run", BENCH / "streams" / "run.py")
+def run_py_of(directory: str) -> types.ModuleType:
+    file = BENCH / directory / "run.py"
+    spec = importlib.util.spec_from_file_location(f"{directory}_run", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def streams_run():
+    return run_py_of("streams")
 
 
 def test_streams_uses_no_torch(tmp_path):
@@ -914,8 +919,12 @@ def test_programs_that_cannot_be_built_say_why(streams_run, monkeypatch, capsys)
         raise FileNotFoundError("cmake")
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert streams_run.main([]) == 2
-    assert "CMake and Ninja are required; got none" in capsys.readouterr().err
+    for program in (streams_run, run_py_of("links")):
+        assert program.main([]) == 2
+        assert "CMake and Ninja are required; got none" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            program.main(["--json", "/nowhere/a.json"])
+        assert "--json: a file in a directory that exists is req" in capsys.readouterr().err
 
     def failing(command, **_):
         raise subprocess.CalledProcessError(4, command)
@@ -1169,11 +1178,13 @@ def test_compare_finds_nothing(tmp_path, capsys):
 def test_compare_finds_that_ours_has_no_time_any_more(tmp_path, capsys):
     """At a size that others have one at; a size that nothing has was not asked for."""
     before, gone = made_report(BEFORE), "1 of ours without a time now"
-    for after in (BEFORE[:1], [*BEFORE[:1], made_cell("ours/auto", None)]):
+    for after in (BEFORE[:1], BEFORE[1:], [*BEFORE[:1], made_cell("ours/auto", None)]):
         assert compared(tmp_path, before, made_report(after)) == 1
         assert gone in capsys.readouterr().out
     more = made_report([*BEFORE, made_cell("ours/auto", 5.0, rows=9)])
     assert compared(tmp_path, more, before) == 0
+    wrong = made_cell("vllm + norm", None, rows=9, wrong="NaN")
+    assert compared(tmp_path, more, made_report([*BEFORE, wrong])) == 0
     streams = {"harness": "streams"}
     before, after = [made_cell("floor", 2.0), made_cell("plan", 3.0)], [made_cell("floor", 2.0)]
     assert compared(tmp_path, made_report(before, **streams), made_report(after, **streams)) == 1

@@ -11,7 +11,7 @@ from gemma_ar_norm import families
 
 FORWARD = """
 class Layer:
-    def forward(self, hidden_states, mask=None, **kwargs):
+    def forward(self, hidden_states, mask=None, *, last=None, **kwargs):
         residual = hidden_states
         hidden_states = self.norm(hidden_states)
         {call}
@@ -54,6 +54,9 @@ def test_calls_that_are_read(call, arguments, tmp_path, monkeypatch):
         SELF + "output_attentions=False, **kwargs)",  # no argument of the layer
         SELF + "attention_mask=other, **kwargs)",
         SELF + "window=128, **kwargs)",
+        SELF + "attention_mask=hidden_states, **kwargs)",
+        SELF + "attention_mask=last, **kwargs)",  # not by position: it would be in **kwargs
+        SELF + "attention_mask=kwargs, **kwargs)",
         SELF + "attention_mask=mask, **other)",
         "hidden_states = self.mlp(2 * hidden_states)",
     ],

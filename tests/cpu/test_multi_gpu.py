@@ -85,8 +85,9 @@ def test_where_two_shot_begins_and_what_the_plan_costs(tmp_path, capsys):
     # 4.0 and 3.95 are alike.
     assert "one-shot is no slower up to 16384 bytes; two-shot is faster at 32768" in said
     assert f"the plan has one-shot up to {plan.crossover_bytes(2, 9)} bytes" in said
-    assert "over the faster algorithm, at most: 1.20 (4 x 4096)" in said
-    assert "at least: 1.50 (4 x 4096); up to 256 KiB: 1.50 (4 x 4096)" in said
+    assert "over the faster algorithm, at most: 1.20 (4 x 4096 bf16 residual)" in said
+    least = "1.50 (4 x 4096 bf16 residual)"
+    assert f"at least: {least}; up to 256 KiB: {least}" in said
     assert "latency 0.80 us; 100 GB/s" in said
     points = json.loads(points_file.read_text())
     assert [point["size"] for point in points] == [8192, 16384, 32768]
@@ -95,7 +96,7 @@ def test_where_two_shot_begins_and_what_the_plan_costs(tmp_path, capsys):
         "ours/one_shot": pytest.approx(2.0 + 0.8 + 0.08192),
         "ours/two_shot": pytest.approx(2.0 + 1.6 + 0.08192),
     }
-    assert "at most: 1.92 (4 x 4096)" in said  # 6.0 / 3.13 us
+    assert "at most: 1.92 (4 x 4096 bf16 residual)" in said  # 6.0 / 3.13 us
 
 
 def test_links_within_one_gpu_and_reports_that_are_cut_short(tmp_path, capsys):
@@ -149,9 +150,13 @@ def test_reports_that_say_nothing_are_refused(tmp_path, capsys):
 def test_reports_of_other_conditions_are_not_mixed(tmp_path, capsys):
     report, _ = made_files(tmp_path)
     other = tmp_path / "other.json"
+    content = json.loads(report.read_text())
     more = {"gpus": 4, "placement": "4 GPUs, one rank each"}
-    other.write_text(json.dumps({**json.loads(report.read_text()), **more}))
+    more["cells"] = [{**cell, "ranks": 4} for cell in content["cells"]]
+    other.write_text(json.dumps({**content, **more}))
     assert crossovers.main([str(report), str(other)]) == 0
+    assert crossovers.main([str(report), str(report)]) == 2
+    assert "each cell once is required; got two of floor, 2 ranks" in capsys.readouterr().err
     other.write_text(json.dumps({**json.loads(report.read_text()), "l2": "warm"}))
     assert crossovers.main([str(report), str(other)]) == 2
     assert "l2: one for all reports is required; got cold, warm" in capsys.readouterr().err

@@ -203,6 +203,21 @@ def test_every_line_of_the_tables_is_reached():
     assert not any(not_yet.values()), not_yet
 
 
+@pytest.mark.parametrize(("ranks", "leads"), [(8, [2, 1]), (7, [2, 2]), (4, [2, 2])])
+def test_how_far_pushes_are_ahead_in_large_calls(ranks, leads):
+    rules = plan.make_rules(
+        ranks=ranks,
+        multiprocessors=16,
+        compute_capability=(9, 0),
+        max_cluster=8,
+        shared_device=False,
+        one_gpu=True,
+    )
+    rows = 20_000 * 16 // 512
+    found = [launches_of_cpp(rules, ranks, HUGE, n, 512, "two_shot")[0] for n in (rows, rows + 1)]
+    assert [one["lead_rows"] for one in found] == leads
+
+
 def test_clusters_are_no_larger_than_the_gpus_can_have():
     for ranks, max_cluster in itertools.product(RANKS, (1, 2, 4, 8)):
         rules = plan.make_rules(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import os
+import threading
+import types
 from dataclasses import asdict, replace
 from unittest import mock
 
@@ -181,6 +184,23 @@ def test_while_another_thread_captures_the_release_is_tried_again():
             workspace._release_postponed()
             assert inner.close.call_count == tries
         assert workspace._postponed == []
+
+
+def test_two_threads_may_release_what_was_postponed():
+    closing, go_on = threading.Event(), threading.Event()
+
+    def close() -> bool:
+        closing.set()
+        return go_on.wait(20)
+
+    workspace._postponed.extend(types.SimpleNamespace(close=close) for _ in range(2))
+    with concurrent.futures.ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(workspace._release_postponed) for _ in range(2)]
+        assert closing.wait(20)
+        go_on.set()
+        for one in both:
+            one.result(20)
+    assert workspace._postponed == []
 
 
 def test_errors_of_a_release_are_nobodys():
