@@ -46,11 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def differences(before: reports.Report, after: reports.Report) -> list[str]:
     """Why the times of the two say nothing about each other."""
     found = []
-    conditions = list(reports.CONDITIONS)
-    if all(reports.OPTIONS in report for report in (before, after)):
-        conditions.append(reports.OPTIONS)
-    for name in conditions:
-        values = [report[name] for report in (before, after)]
+    for name in (*reports.CONDITIONS, reports.OPTIONS):
+        values = [report[name] for report in (before, after) if name in report]
+        if len(values) < 2:
+            continue  # options, in an older report
         if name == "placement":  # without the launcher's note on how MPS came to be
             values = [value.split(" (")[0] for value in values]
         if values[0] != values[1]:

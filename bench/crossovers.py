@@ -48,6 +48,15 @@ class Links:
         found = reports.load(path)
         if found.get("harness") != "links":
             raise ValueError(f"{path}: a report of links/run.py is required; got another; run it")
+        try:
+            return Links._of(path, found)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: a report of links/run.py is required; got {error!r} in it; run it"
+            ) from None
+
+    @staticmethod
+    def _of(path: Path, found: reports.Report) -> Links:
         between = [
             one["ns"]
             for one in found["latency_ns"]
@@ -92,6 +101,15 @@ class Point:
         return self.us[PLAN] / min(self.model_us.values()) if self.model_us else None
 
 
+def require_alike(found: Sequence[reports.Report]) -> None:
+    for name in CONDITIONS:
+        if any(report[name] != found[0][name] for report in found):
+            values = ", ".join(str(report[name]) for report in found)
+            raise ValueError(
+                f"{name}: one for all reports is required; got {values}; pass them one by one"
+            )
+
+
 def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Point]:
     by_shape: dict[reports.Key, Point] = {}
     for report in found:
@@ -110,6 +128,10 @@ def points_of(found: Iterable[reports.Report], links: Links | None) -> list[Poin
             if cell["algorithm"] == PLAN:
                 point.path = cell["path"]
     points = [point for point in by_shape.values() if PLAN in point.us]
+    if not points:
+        raise ValueError(
+            "REPORT.json: cells of ours/auto are required; got none; see bench_fused.py"
+        )
     for point in points:
         floor = point.us.get(reports.FLOOR)
         if links is not None and floor is not None:
@@ -207,28 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error(problem)
     try:
         found = [reports.load_cells(path) for path in given.reports]
+        require_alike(found)
         links = None if given.links is None else Links.of(given.links)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (KeyError, TypeError) as error:
-        said = f"{given.links}: a report of links/run.py is required; got {error!r} in it; run it"
-        print(said, file=sys.stderr)
-        return 2
-    for name in CONDITIONS:
-        if any(report[name] != found[0][name] for report in found):
-            values = ", ".join(str(report[name]) for report in found)
-            said = f"{name}: one for all reports is required; got {values}; pass them one by one"
-            print(said, file=sys.stderr)
-            return 2
-    try:
         points = points_of(found, links)
     except ValueError as error:
         print(error, file=sys.stderr)
-        return 2
-    if not points:
-        said = "REPORT.json: cells of ours/auto are required; got none; see bench_fused.py"
-        print(said, file=sys.stderr)
         return 2
     print(reports.head(found[0]))
     for path, report in zip(given.reports, found, strict=True):

@@ -136,7 +136,6 @@ def _call(
 
 # ---------------------------------------------------------------------------------------- explain
 
-NO_LIMIT = 2**64 - 1
 MOST = 1 << 46  # rows, or elements of a row, that explain() takes: no tensor has as many
 
 
@@ -241,20 +240,16 @@ def explain(
         return answer(path, "0 rows: nothing is launched")
     row_packs = hidden_size * dtype.itemsize // plan.PACK_BYTES
     numbers = [rule.numbers for rule in found.rules]
-
-    def planned(rows: int, limit: int) -> Any:
-        arguments = (numbers, me.size, found.inbox_bytes, rows, row_packs, algorithm)
-        return _C.launches(*arguments, limit=limit)
-
-    first = planned(rows, 1)[0]
+    where = (numbers, me.size, found.inbox_bytes)
+    first = _C.launches(*where, rows, row_packs, algorithm, limit=1)[0]
     # Launches are alike until less is left than an inbox takes. A launch takes 7/8 of that at least
     # (next_launch in csrc/host/plan.h), so two of them are more.
     alike = max(0, rows // first["rows"] - 2)
-    launches = alike + len(planned(rows - alike * first["rows"], NO_LIMIT))
+    others = _C.launches(*where, rows - alike * first["rows"], row_packs, algorithm)
     return answer(
         plan.FUSED_ALGORITHMS[first["algorithm"]],
         found.reason,
-        launches=launches,
+        launches=alike + len(others),
         blocks=first["teams"] * first["blocks_a_team"],
         threads=first["threads"],
         evidence=found.rules[first["rule"]].evidence,

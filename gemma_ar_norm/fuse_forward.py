@@ -58,21 +58,22 @@ class Step:
 class Handoff:
     """From one layer to the next: a hidden state, and the norm of it that the next one will need.
 
-    giver, taker: the modules on both sides.
+    giver, taker: the modules on both sides. exposed: users call the giver too, as they do an
+        embedding; they may write to what it returns before the taker has it.
     `take` gives the norm to whoever asks with that very tensor, once; None for any other, and for
     one that was written to since. Where torch does not count writes, then or in between, nothing is
-    handed over past a hook, which might write.
+    handed over past a user or a hook, who might write.
     """
 
-    def __init__(self, giver: Any, taker: Any) -> None:
-        self._giver, self._taker = giver, taker
+    def __init__(self, giver: Any, taker: Any, *, exposed: bool = False) -> None:
+        self._giver, self._taker, self._exposed = giver, taker, exposed
         self._hidden: Tensor | None = None
         self._normed: Tensor | None = None
         self._writes: int | None = None
 
     def put(self, hidden: Tensor, normed: Tensor) -> None:
         self._writes = _writes(hidden)
-        if self._writes is None and are_watched((self._giver, self._taker)):
+        if self._writes is None and (self._exposed or are_watched((self._giver, self._taker))):
             return
         self._hidden, self._normed = hidden, normed
 
@@ -169,9 +170,7 @@ def norm_forward(norm: Any, before: Handoff) -> Callable[..., Any]:
 def embedding_forward(
     partial: Callable[[Tensor], Tensor], norm: Any, behind: Handoff, group: Any
 ) -> Callable[..., Any]:
-    """The embedding's forward, which computes the first layer's norm too. Anyone may call it, and
-    write to what it returns, before the layers run: so where writes are not counted the norm is
-    computed again."""
+    """The embedding's forward, which computes the first layer's norm too."""
 
     def forward(input_ids: Tensor) -> Tensor:
         _refuse_gradients()
@@ -182,7 +181,7 @@ def embedding_forward(
             weight_bias=WEIGHT_BIAS,
             group=group,
         )
-        if _writes(hidden) is not None and not are_watched((norm,)):
+        if not are_watched((norm,)):
             behind.put(hidden, normed)
         return hidden
 

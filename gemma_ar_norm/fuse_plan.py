@@ -104,7 +104,9 @@ class _Planner:
             raise Unknown("a model without layers")
         in_order = [stack.embed_tokens, *layers, stack.norm]
         pairs = zip(in_order, in_order[1:])  # noqa: B905
-        handoffs = [Handoff(giver, taker) for giver, taker in pairs]
+        handoffs = [
+            Handoff(giver, taker, exposed=giver is stack.embed_tokens) for giver, taker in pairs
+        ]
         self._plan_embedding(layers[0], handoffs[0])
         for number, layer in enumerate(layers):
             following = layers[number + 1] if number + 1 < len(layers) else None

@@ -466,11 +466,11 @@ def _release(native: Any, pid: int) -> None:
     if native is None or os.getpid() != pid:  # after a fork, CUDA is the parent's
         return
     # Closing waits for the device, which no capture allows, of whatever thread.
-    if is_capturing() or not _closed(native):
+    if is_capturing() or not _close(native):
         _postponed.append(native)
 
 
-def _closed(native: Any) -> bool:
+def _close(native: Any) -> bool:
     """False: a graph is being captured somewhere, and it is to be tried again."""
     try:
         return bool(native.close())
@@ -485,7 +485,7 @@ def _release_postponed() -> None:
     with contextlib.suppress(IndexError):  # another thread may be here too
         while True:
             pending.append(_postponed.pop())
-    _postponed.extend(native for native in pending if not _closed(native))
+    _postponed.extend(native for native in pending if not _close(native))
 
 
 def _group_gone(group_name: str) -> None:
@@ -729,8 +729,6 @@ def _allocate(
             "rules: the same launch plan on all ranks is required; got different ones; install one "
             "build on all, or report it"
         )
-    elif problem:
-        problem += "; where that is memory make max_rows smaller, or free some there"
     if problem:
         if native is not None:
             native.close()

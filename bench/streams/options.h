@@ -68,7 +68,7 @@ inline std::vector<std::string> names_of(const std::string& option, const std::s
 }
 
 // A rule of the plan, in a line of ten numbers (plan.Rule.numbers).
-inline PlanRule rule_of(const std::string& line) {
+inline PlanRule read_rule(const std::string& line) {
   std::stringstream words(line);
   uint32_t f[10];
   for (uint32_t& field : f) words >> field;
@@ -95,7 +95,7 @@ inline std::map<uint32_t, std::vector<PlanRule>> read_rules(const std::string& p
     } else if (ranks == 0) {
       throw std::runtime_error("--rules: a line \"ranks N\" is required first; got " + line);
     } else {
-      rules[ranks].push_back(rule_of(line));
+      rules[ranks].push_back(read_rule(line));
     }
   }
   return rules;

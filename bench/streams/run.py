@@ -111,17 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(problem)
     if given.gpus < 1:
         parser.error(f"--gpus: 1 or more are required; got {given.gpus}")
-    try:
-        streams = cmake.build("streams")
-    except cmake.CannotBuildError as error:
-        print(error, file=sys.stderr)
-        return 2
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # a queue for every rank's stream
     with tempfile.TemporaryDirectory() as directory:
         rules = Path(directory) / "rules.txt"
         try:
+            streams = cmake.build("streams")
             write_rules(rules, streams, given.gpus)
-        except subprocess.CalledProcessError:  # it has said why
+        except cmake.CannotBuildError as error:
+            print(error, file=sys.stderr)
+            return 2
+        except subprocess.CalledProcessError:  # streams has said why
             return 2
         file = Path(given.json or Path(directory) / "report.json")
         old = reports.stamp(file)

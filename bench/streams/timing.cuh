@@ -234,8 +234,7 @@ class Timing {
     if (std::any_of(ranks_.begin(), ranks_.end(), [](const auto& r) { return r->has_begun(); }))
       throw std::runtime_error(
           "streams: a host that queues all replays in 50 ms is required; got a slower one; run "
-          "fewer "
-          "ranks, or on a host with less to do");
+          "fewer ranks, or on a host with less to do");
     go_.set(0, 1);
   }
 

@@ -25,14 +25,16 @@ inline void check_cuda(cudaError_t status, const std::string& what,
   check_cuda(status, what.c_str(), what_to_do);
 }
 
+inline constexpr const char* kUsableDevice = "device: a usable CUDA device is required";
+inline constexpr const char* kSeeDevices = "see nvidia-smi and CUDA_VISIBLE_DEVICES";
+
 // The current device, put back at the end of the scope.
 class DeviceScope {
  public:
   explicit DeviceScope(int device) {
     check_cuda(cudaGetDevice(&before_), "device: the current CUDA device is required");
     if (before_ == device) return;
-    check_cuda(cudaSetDevice(device), "device: a usable CUDA device is required",
-               "see nvidia-smi and CUDA_VISIBLE_DEVICES");
+    check_cuda(cudaSetDevice(device), kUsableDevice, kSeeDevices);
     changed_ = true;
   }
   ~DeviceScope() {

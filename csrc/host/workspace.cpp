@@ -15,6 +15,7 @@
 
 namespace gan {
 
+static constexpr const char* kFreeSome = "make max_rows smaller, or free some there";
 static constexpr const char* kHasCode = "kernels: a GPU that this build has code for is required";
 static constexpr const char* kBuildIt = "build it with GAN_CUDA_ARCHS=native";
 static constexpr const char* kIpcNeeds =
@@ -30,7 +31,7 @@ class DeviceInbox {
     void* memory = nullptr;
     check_cuda(cudaMalloc(&memory, bytes),
                "inbox: " + std::to_string(bytes) + " bytes of device memory are required",
-               "free some of it");
+               kFreeSome);
     data_.reset(static_cast<uint8_t*>(memory));
     const std::string what = "inbox: writable device memory is required";
     check_cuda(cudaMemset(data(), 0x00, kHeaderBytes), what);
@@ -138,7 +139,7 @@ std::shared_ptr<T> pinned() {
   OutsideCapture outside;
   void* memory = nullptr;
   check_cuda(cudaHostAlloc(&memory, sizeof(T), cudaHostAllocPortable | cudaHostAllocMapped),
-             "workspace: pinned host memory is required", "free some of it");
+             "workspace: pinned host memory is required", "free some there");
   std::memset(memory, 0, sizeof(T));
   return {static_cast<T*>(memory), [](T* object) {
             OutsideCapture outside;
@@ -590,8 +591,7 @@ std::string uuid_of(const cudaDeviceProp& properties) {
 
 cudaDeviceProp properties_of(int device) {
   cudaDeviceProp properties;
-  check_cuda(cudaGetDeviceProperties(&properties, device),
-             "device: a usable CUDA device is required", "see nvidia-smi and CUDA_VISIBLE_DEVICES");
+  check_cuda(cudaGetDeviceProperties(&properties, device), kUsableDevice, kSeeDevices);
   return properties;
 }
 

@@ -223,14 +223,17 @@ def test_explain_on_a_gpu(monkeypatch):
         with pytest.raises(WorkspaceError, match=r"algorithm: 'auto' or 'unfused' .*one rank"):
             explain(algorithm=algorithm)
 
-    rules = plan.make_rules(
-        ranks=4,
-        multiprocessors=132,
-        compute_capability=(9, 0),
-        max_cluster=8,
-        shared_device=False,
-        one_gpu=False,
-    )
+    def made_for(ranks, multiprocessors, one_gpu):
+        return plan.make_rules(
+            ranks=ranks,
+            multiprocessors=multiprocessors,
+            compute_capability=(9, 0),
+            max_cluster=8,
+            shared_device=False,
+            one_gpu=one_gpu,
+        )
+
+    rules = made_for(4, 132, one_gpu=False)
     fused = workspace.Workspace(me, "all is well", Native(), rules=rules)
     monkeypatch.setitem(workspace._records, me.name, fused)
     row_packs, most = 5376 * 2 // 16, plan.crossover_bytes(4, 9) // (5376 * 2)
@@ -261,17 +264,9 @@ def test_explain_on_a_gpu(monkeypatch):
     assert "not measured" in explain(group=rank).evidence
     assert explain(0, group=rank).launches == 0
     # Of 148 rows 84 go by two-shot; of the 64 left 63 by one-shot, which takes no more at once.
-    few = plan.make_rules(
-        ranks=3,
-        multiprocessors=44,
-        compute_capability=(9, 0),
-        max_cluster=8,
-        shared_device=False,
-        one_gpu=True,
-    )
     monkeypatch.setattr(Rank, "size", lambda self: 3)
     monkeypatch.setattr(fused, "inbox_bytes", 2 << 20)
-    monkeypatch.setattr(fused, "rules", few)
+    monkeypatch.setattr(fused, "rules", made_for(3, 44, one_gpu=True))
     for rows, launches in ((84, 1), (147, 2), (148, 3), (84_000 + 64, 1002)):
         assert gemma_ar_norm.explain(rows, 4096, group=rank, device="cuda").launches == launches
     assert gemma_ar_norm.explain(1, 5376, group=rank, device="cpu").path == "cpu"

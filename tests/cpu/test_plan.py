@@ -205,14 +205,7 @@ def test_every_line_of_the_tables_is_reached():
 
 @pytest.mark.parametrize(("ranks", "leads"), [(8, [2, 1]), (7, [2, 2]), (4, [2, 2])])
 def test_how_far_pushes_are_ahead_in_large_calls(ranks, leads):
-    rules = plan.make_rules(
-        ranks=ranks,
-        multiprocessors=16,
-        compute_capability=(9, 0),
-        max_cluster=8,
-        shared_device=False,
-        one_gpu=True,
-    )
+    rules = rules_for(ranks, 16, (9, 0), False, True)
     rows = 20_000 * 16 // 512
     found = [launches_of_cpp(rules, ranks, HUGE, n, 512, "two_shot")[0] for n in (rows, rows + 1)]
     assert [one["lead_rows"] for one in found] == leads

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -110,6 +109,17 @@ def test_too_much_memory_is_refused_in_words_and_leaves_none_behind():
         assert_works(group, cases(2))
 
 
+def run_program(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+
+
 PROGRAM = """
 import torch, gemma_ar_norm
 group = gemma_ar_norm.local_group(2, hidden_size=1024, max_rows=8)
@@ -134,14 +144,7 @@ print("called", flush=True)
     ids=["end", "exception", "sys.exit", "closed"],
 )
 def test_the_interpreter_ends_with_a_group_open(end, exit_code, says):
-    program = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM) + end],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    program = run_program(PROGRAM + end)
     assert program.returncode == exit_code, program.stderr[-2000:]
     assert "called" in program.stdout
     assert says in program.stderr
@@ -182,14 +185,7 @@ print(free[0] - free[-1])  # in the first round CUDA takes some for itself
 def test_closed_while_another_thread_captures():
     """The device cannot be waited for then: what is left is done later, and no memory is lost. In a
     process of its own, for torch's allocator remembers captures that were broken."""
-    program = subprocess.run(
-        [sys.executable, "-c", CLOSED_WHILE_CAPTURING],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    program = run_program(CLOSED_WHILE_CAPTURING)
     assert program.returncode == 0, program.stderr[-2000:]
     *said, lost = program.stdout.splitlines()
     assert said == ["postponed 2", "left 0"] * 4
